@@ -1,0 +1,33 @@
+"""LLaVA 1.5: CLIP (or any transformers vision tower), two-layer projector, Llama-like language model."""
+
+from typing import Any
+
+from torch import nn
+
+from lp_patch.errors import ConfigError
+from lp_patch.registry import Adapter
+
+
+def _width(config: Any) -> int:
+    layers = config.vision_feature_layer
+    return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+
+
+def _cls_attention(base: nn.Module) -> nn.Module:
+    layer, strategy = base.config.vision_feature_layer, base.config.vision_feature_select_strategy
+    tower = getattr(base.vision_tower, "vision_model", base.vision_tower)
+    if (
+        not isinstance(layer, int)
+        or layer == 0
+        or strategy != "default"
+        or not hasattr(tower.embeddings, "class_embedding")
+    ):
+        raise ConfigError(
+            'scorer="cls" needs a tower with a [CLS] token that is cropped from one feature layer, got '
+            f"{type(tower).__name__} with vision_feature_layer={layer}, vision_feature_select_strategy={strategy!r}"
+        )
+    # hidden_states[i] is the output of encoder layer i - 1; negative i count from the end alike
+    return tower.encoder.layers[layer - 1 if layer > 0 else layer].self_attn
+
+
+ADAPTER = Adapter(model_type="llava", family="LLaVA", width=_width, cls_attention=_cls_attention)

@@ -1,0 +1,41 @@
+"""lp_patch: visual-token pruning for vision-language models, as one line on a stock transformers model.
+
+patch = lp_patch.apply(model)
+"""
+
+from pathlib import Path as _Path
+
+_here = _Path(__file__).parent
+if not (_here / "adapters").is_dir():
+    # a plain checkout keeps the adapters beside this package; an installed wheel has them inside it
+    __path__.append(str(_here.parent))
+
+from ._version import __version__
+from .config import PruningConfig
+from .errors import ConfigError, LpPatchError, PrunerError, UnsupportedInputError, UnsupportedModelError
+from .patch import Patch, applied, apply, is_applied, remove
+from .pruner import LearnablePruner
+from .registry import Adapter, register, supported
+from .report import Report
+from .trace import Trace
+
+__all__ = [
+    "Adapter",
+    "ConfigError",
+    "LearnablePruner",
+    "LpPatchError",
+    "Patch",
+    "PrunerError",
+    "PruningConfig",
+    "Report",
+    "Trace",
+    "UnsupportedInputError",
+    "UnsupportedModelError",
+    "__version__",
+    "applied",
+    "apply",
+    "is_applied",
+    "register",
+    "remove",
+    "supported",
+]

@@ -1,0 +1,74 @@
+"""Reading one attention layer's own queries and keys, whatever attention back-end the model uses.
+
+transformers looks the attention function up by name in each call, in a config that all layers share. A tapped layer
+sees that config through a proxy in which only the name differs; the function behind it looks, then calls the back-end
+that the shared config names at that moment.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import wrapt
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .errors import UnsupportedModelError
+
+TAP_NAME = "lp_patch_tap"
+
+Observer = Callable[[Tensor, Tensor, float], None]
+
+
+class TappedConfig(wrapt.BaseObjectProxy):
+    """A live view of a config, in which `_attn_implementation` names the tap."""
+
+    def __init__(self, config: Any, observer: Observer) -> None:
+        super().__init__(config)
+        self._self_observer = observer
+
+    @property
+    def _attn_implementation(self) -> str:
+        return TAP_NAME
+
+    def __deepcopy__(self, memo: dict) -> "TappedConfig":
+        from copy import deepcopy
+
+        return TappedConfig(deepcopy(self.__wrapped__, memo), deepcopy(self._self_observer, memo))
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return TappedConfig, (self.__wrapped__, self._self_observer)
+
+
+def _tapped_attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The registered attention function: show query (B, H, Q, D) and key (B, KV, K, D), then call the real one."""
+    config = module.config
+    scaling = kwargs.get("scaling")
+    config._self_observer(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    implementation = config.__wrapped__._attn_implementation
+    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_attention(module))(
+        module, query, key, *args, **kwargs
+    )
+
+
+def _eager_attention(module: nn.Module) -> Callable:
+    return sys.modules[type(module).__module__].eager_attention_forward
+
+
+def check_tappable(attention: nn.Module, path: str) -> None:
+    """Refuse an attention module whose back-end transformers does not look up by name."""
+    if not hasattr(attention, "config") or not hasattr(
+        sys.modules[type(attention).__module__], "eager_attention_forward"
+    ):
+        raise UnsupportedModelError(
+            f"{path} ({type(attention).__name__}) does not use transformers' AttentionInterface, "
+            "so its queries and keys cannot be read"
+        )
+
+
+def install_tap(attention: Any, observer: Observer) -> Callable[[], None]:
+    """Show `observer` every (query, key, scaling) of this module; returns what undoes it."""
+    AttentionInterface.register(TAP_NAME, _tapped_attention)
+    attention.config = TappedConfig(attention.config, observer)
+    return lambda: setattr(attention, "config", attention.config.__wrapped__)

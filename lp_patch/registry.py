@@ -1,0 +1,174 @@
+"""Adapters: what lp_patch must know about a model family, as data, keyed by `config.model_type`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points, version
+from typing import Any
+
+from torch import nn
+
+from .errors import ConfigError, UnsupportedModelError
+
+ENTRY_POINT_GROUP = "lp_patch.adapters"
+BUILT_IN = ("llava",)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Patch points of one model type. Every path is dotted and starts at the module that merges image and text.
+
+    Attributes:
+        model_type: `config.model_type` of the whole model.
+        family: the name that users know it by.
+        projector: module that maps encoder features (B, N, C) token by token to the language model's width.
+        encode: method of the merging module that encodes the images and calls the projector.
+        placeholder: config field that holds the id of the token which a visual feature replaces.
+        language_model: module that runs the decoder layers and returns `last_hidden_state`.
+        layers: the decoder layers, in order, below the merging module.
+        attention: path from a decoder layer to its attention module.
+        rotary: module called with `position_ids` once per forward.
+        width: from the model's config, the width C of the projector's input.
+        cls_attention: from the merging module, the attention module whose [CLS] query ranks the features; None where
+            the family has no [CLS].
+    """
+
+    model_type: str
+    family: str
+    width: Callable[[Any], int]
+    projector: str = "multi_modal_projector"
+    encode: str = "get_image_features"
+    placeholder: str = "image_token_id"
+    language_model: str = "language_model"
+    layers: str = "language_model.layers"
+    attention: str = "self_attn"
+    rotary: str = "language_model.rotary_emb"
+    cls_attention: Callable[[nn.Module], nn.Module] | None = None
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The patch points of one live model, all found."""
+
+    adapter: Adapter
+    base: nn.Module
+    projector: nn.Module
+    language_model: Any
+    layers: tuple[nn.Module, ...]
+    attention: tuple[Any, ...]
+    rotary: nn.Module
+    width: int
+    placeholder: int
+
+
+_adapters: dict[str, Adapter] = {}
+_loaded = False
+
+
+def register(adapter: Adapter) -> None:
+    """Add a model type; refuses one that is taken.
+
+    Packages can do without the call: an entry point in the group "lp_patch.adapters" that names an Adapter is found.
+    """
+    if not isinstance(adapter, Adapter):
+        raise ConfigError(f"register takes an lp_patch.Adapter, got {type(adapter).__name__}: {adapter!r}")
+    _load_adapters()
+    if adapter.model_type in _adapters:
+        raise ConfigError(
+            f"model type {adapter.model_type!r} already has an adapter ({_adapters[adapter.model_type].family})"
+        )
+    _adapters[adapter.model_type] = adapter
+
+
+def supported() -> dict[str, str]:
+    """Model types that can be patched, with the family each belongs to."""
+    _load_adapters()
+    return {name: _adapters[name].family for name in sorted(_adapters)}
+
+
+def _load_adapters() -> None:
+    """Read the built-in adapters and those of installed packages, once, at first use."""
+    global _loaded
+    if _loaded:
+        return
+    found = [import_module(f"lp_patch.adapters.{name}").ADAPTER for name in BUILT_IN]
+    found += [point.load() for point in entry_points(group=ENTRY_POINT_GROUP)]
+    for adapter in found:
+        if not isinstance(adapter, Adapter):
+            raise ConfigError(
+                f"an entry point of the group {ENTRY_POINT_GROUP!r} must name an Adapter, got {adapter!r}"
+            )
+        if adapter.model_type in _adapters:
+            raise ConfigError(f"two adapters for the model type {adapter.model_type!r}")
+        _adapters[adapter.model_type] = adapter
+    _loaded = True
+
+
+def unwrap(model: object) -> Any:
+    """The transformers model inside PEFT, `torch.compile` and DDP wrappers, in any order."""
+    inner: Any = model
+    while isinstance(inner, nn.Module):
+        if "_orig_mod" in inner._modules:
+            inner = inner._orig_mod
+        elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
+            inner = inner.get_base_model()
+        else:
+            return inner
+    raise UnsupportedModelError(
+        f"lp_patch.apply needs a vision-language model (an nn.Module), got {type(model).__name__}: {model!r:.200}"
+    )
+
+
+def find_parts(model: object) -> Parts:
+    """Find every declared patch point of a model, or say which one is missing."""
+    inner = unwrap(model)
+    model_type = getattr(getattr(inner, "config", None), "model_type", None)
+    _load_adapters()
+    if model_type not in _adapters:
+        raise UnsupportedModelError(
+            f"no adapter for {type(inner).__name__} (model type {model_type!r}). Supported model types: "
+            f"{', '.join(sorted(_adapters))}. CONTRIBUTING.md shows how to add one in a short file; lp_patch.register "
+            "or an entry point makes it known"
+        )
+    adapter = _adapters[model_type]
+    base: Any = getattr(inner, "base_model", inner)
+
+    def point(root: Any, path: str) -> Any:
+        found = root
+        for name in path.split("."):
+            found = getattr(found, name, None)
+            if found is None:
+                raise UnsupportedModelError(
+                    f"{type(inner).__name__} has no {path!r} below {type(root).__name__}: its internals differ from "
+                    f"what the {adapter.family} adapter declares (transformers {version('transformers')})"
+                )
+        return found
+
+    point(base, adapter.encode)
+    layers = tuple(point(base, adapter.layers))
+    language_model = point(base, adapter.language_model)
+    if len(layers) < 2:
+        raise UnsupportedModelError(
+            f"pruning inside the language model needs 2 decoder layers or more, found {len(layers)}"
+        )
+    text_config = language_model.config
+    if getattr(text_config, "sliding_window", None) or "sliding_attention" in (
+        getattr(text_config, "layer_types", None) or ()
+    ):
+        raise UnsupportedModelError(
+            f"the language model ({text_config.model_type}) uses sliding-window attention, which pruning would widen: "
+            "such layers are not supported"
+        )
+    return Parts(
+        adapter=adapter,
+        base=base,
+        projector=point(base, adapter.projector),
+        language_model=language_model,
+        layers=layers,
+        attention=tuple(point(layer, adapter.attention) for layer in layers),
+        rotary=point(base, adapter.rotary),
+        width=adapter.width(inner.config),
+        placeholder=point(inner.config, adapter.placeholder),
+    )

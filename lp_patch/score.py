@@ -1,0 +1,53 @@
+"""Attention-based importance, computed from queries and keys: pure tensor functions, batch first, float32 inside."""
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32: the largest block of attention weights ever held
+
+
+def received_attention(
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    scaling: float,
+    *,
+    key_mask: Tensor | None = None,
+    causal: bool = True,
+) -> Tensor:
+    """Post-softmax attention that each key receives from weighted queries, averaged over heads.
+
+    The softmax runs over every key that the query can see, as in the layer itself. Only a block of queries is
+    expanded at a time, so memory stays bounded however long the text is.
+
+    Args:
+        query: (B, H, Q, D), rotated; the Q queries are the last ones of the sequence.
+        key: (B, KV, K, D), rotated, ``K >= Q`` if causal; KV divides H (grouped-query attention).
+        query_weight: (B, Q) float; rows normally sum to 1, 0 leaves a query out.
+        scaling: factor on the dot product.
+        key_mask: (B, K) bool, True where a key is real; None means all are.
+        causal: query i sees keys up to ``K - Q + i``.
+
+    Returns:
+        (B, K) float32.
+    """
+    batch, heads, n_queries, dim = query.shape
+    kv_heads, n_keys = key.shape[1], key.shape[2]
+    keys = key.float().transpose(2, 3)
+    columns = torch.arange(n_keys, device=key.device)
+    received = torch.zeros(batch, n_keys, dtype=torch.float32, device=key.device)
+    rows = max(1, _CHUNK_ELEMENTS // max(1, batch * heads * n_keys))
+    for start in range(0, n_queries, rows):
+        block = query[:, :, start : start + rows].float() * scaling
+        length = block.shape[2]
+        # heads of one group share their keys: fold the group into the rows instead of repeating the keys
+        logits = (block.reshape(batch, kv_heads, -1, dim) @ keys).view(batch, heads, length, n_keys)
+        if causal:
+            last = torch.arange(start, start + length, device=key.device) + (n_keys - n_queries)
+            logits = logits.masked_fill(columns > last[:, None], -torch.inf)
+        if key_mask is not None:
+            logits = logits.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+        # a padding query sees nothing: its softmax is NaN, and its weight of 0 would not remove that
+        weights = logits.softmax(dim=-1).nan_to_num(0.0)
+        received += torch.einsum("bhqk,bq->bk", weights, query_weight[:, start : start + length].float())
+    return received / heads

@@ -1,0 +1,147 @@
+"""Selection and gathering: pure tensor functions, batch first, no model knowledge."""
+
+import torch
+from torch import Tensor
+
+_CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32: the largest similarity block ever held
+
+
+def farthest_points(features: Tensor, seeds: Tensor, count: int) -> Tensor:
+    """Add `count` tokens to a seed set, each the one least similar to the set so far.
+
+    Similarity is the cosine; a token's similarity to the set is its largest one (LearnPruner section 2; with no
+    seeds this is DivPrune's greedy max-min selection, which starts from the token whose nearest other is farthest).
+    Ties go to the lowest index. Time O((S + count) N C), extra memory O(N) and a bounded block.
+
+    Args:
+        features: (B, N, C), any float dtype; similarities are computed in float32.
+        seeds: (B, S) int64, distinct indices into N; S may be 0.
+        count: tokens to add, ``0 <= count <= N - S``.
+
+    Returns:
+        (B, S + count) int64: the seeds, then the added tokens in the order they were chosen.
+    """
+    if count == 0:
+        return seeds
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    chosen = list(seeds.unbind(1))
+    if chosen:
+        nearest = _largest_similarity(unit, take(unit, seeds))
+        nearest.scatter_(1, seeds, torch.inf)
+    else:
+        nearest = _largest_similarity(unit, unit, exclude_self=True)
+    for step in range(count):
+        pick = nearest.argmin(dim=1, keepdim=True)
+        chosen.append(pick.squeeze(1))
+        if step + 1 == count:
+            break
+        similarity = torch.bmm(unit, take(unit, pick).transpose(1, 2)).squeeze(2)
+        # without seeds the first pick came from distances to all others: from now on only the set counts
+        nearest = similarity if len(chosen) == 1 else torch.maximum(nearest, similarity)
+        nearest.scatter_(1, pick, torch.inf)
+    return torch.stack(chosen, dim=1)
+
+
+def _largest_similarity(unit: Tensor, others: Tensor, exclude_self: bool = False) -> Tensor:
+    """Largest cosine of each row of `unit` (B, N, C) to any row of `others` (B, M, C): (B, N), in blocks."""
+    batch, n_tokens, _ = unit.shape
+    rows = max(1, _CHUNK_ELEMENTS // max(1, batch * others.shape[1]))
+    parts = []
+    for start in range(0, n_tokens, rows):
+        block = torch.bmm(unit[:, start : start + rows], others.transpose(1, 2))
+        if exclude_self:
+            block.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
+        parts.append(block.amax(dim=2))
+    return torch.cat(parts, dim=1)
+
+
+def top_indices(scores: Tensor, count: int) -> Tensor:
+    """Indices of the `count` largest scores of each row, best first, ties to the lowest index.
+
+    Args:
+        scores: (B, N), any float dtype.
+        count: ``0 <= count <= N``.
+
+    Returns:
+        (B, count) int64.
+    """
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
+
+
+def top_mask(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
+    """Mark in each row the best-scored candidates, a different number per row; ties to the lowest index.
+
+    Args:
+        scores: (B, N) float.
+        candidates: (B, N) bool; only these can be marked.
+        counts: (B,) int64; a count above the row's candidates marks them all.
+
+    Returns:
+        (B, N) bool.
+    """
+    order = scores.masked_fill(~candidates, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    rank = torch.empty_like(order).scatter_(
+        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
+    )
+    return candidates & (rank < counts.to(rank.device)[:, None])
+
+
+def select_tokens(features: Tensor, scores: Tensor | None, keep: int, diversity: float) -> Tensor:
+    """Stage 1: the best-scored tokens plus a share of diverse ones, in raster order.
+
+    ``round(diversity * keep)`` tokens are chosen by `farthest_points`, seeded with the top-scored rest. Without
+    scores the whole set is chosen so.
+
+    Args:
+        features: (B, N, C); the features that similarity is measured on.
+        scores: (B, N) float, higher is better, or None.
+        keep: tokens to keep, ``1 <= keep <= N``.
+        diversity: share in [0, 1].
+
+    Returns:
+        (B, keep) int64, ascending.
+    """
+    diverse = keep if scores is None else round(diversity * keep)
+    seeds = (
+        features.new_empty((features.shape[0], 0), dtype=torch.long)
+        if scores is None or diverse == keep
+        else top_indices(scores, keep - diverse)
+    )
+    return farthest_points(features, seeds, diverse).sort(dim=1).values
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """Gather along dimension 1: x (B, N, ...), index (B, M) int64 -> (B, M, ...)."""
+    index = index.to(x.device)
+    shaped = index.reshape(index.shape + (1,) * (x.dim() - 2)).expand(index.shape + x.shape[2:])
+    return x.gather(1, shaped)
+
+
+def compact_index(keep: Tensor, length: int) -> Tensor:
+    """Where each slot of the shortened rows comes from. Rows with fewer kept tokens are padded on the left.
+
+    Args:
+        keep: (B, S) bool.
+        length: slots in the shortened rows, at least the largest number kept in a row.
+
+    Returns:
+        (B, length) int64; a padding slot points at some token that is not kept, so ``keep.gather(1, index)`` tells
+        the slots that hold a real one.
+    """
+    return keep.to(torch.uint8).sort(dim=1, stable=True).indices[:, keep.shape[1] - length :]
+
+
+def restore_index(keep: Tensor, length: int) -> Tensor:
+    """The slot that answers for each old position: its own, or that of the nearest kept token before it.
+
+    Positions before the first kept token take that one.
+
+    Args:
+        keep: (B, S) bool.
+        length: as given to `compact_index`.
+
+    Returns:
+        (B, S) int64 in ``[0, length)``.
+    """
+    slot = (keep.cumsum(dim=1) - 1).clamp(min=0) + (length - keep.sum(dim=1, keepdim=True))
+    return slot.clamp(max=length - 1)

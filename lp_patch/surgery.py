@@ -1,0 +1,621 @@
+"""What a patched model does in a forward: hooks that shorten hidden states, masks, positions and caches.
+
+One forward, in order of the hooks:
+
+    around_encode            stage 1 happens while the images are encoded: `before_projector` picks, so that removed
+    before/after_projector   tokens are never projected; `after_projector` puts the survivors back at their places and
+                             fills the others with -inf. That mark travels with the features wherever they go (through
+                             `generate`, beams, the caller's hands), and the number of features stays what
+                             transformers expects.
+    before_base              notes where the placeholders are, and which features came from outside
+    before_language_model    cuts marked rows out of the sequence, with mask and positions
+    before_rotary            gives the rotary embedding the true positions; nothing else sees their gaps, which
+                             transformers would take for packed sequences
+    observe_text             layer k: scores for stage 2 from that layer's own queries and keys
+    before_layer             layer k + 1: cuts again; later layers get the shorter mask and positions
+    after_language_model     gives outputs their input's length back, and tells the cache what was dropped
+
+Everything that a forward decides lives in a `Run`, one per thread, made anew when the forward starts.
+"""
+
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import cache as kv
+from .attention import Observer, check_tappable
+from .budget import StageBudget, default_layer, stage_budget
+from .compat import causal_mask
+from .config import PruningConfig
+from .errors import ConfigError, UnsupportedInputError
+from .pruner import LearnablePruner
+from .registry import Parts
+from .score import received_attention
+from .select import compact_index, restore_index, select_tokens, take, top_mask
+from .strategies import SCORERS, Scorer, Stage1Input, resolve_scorer, resolve_text_scorer
+from .trace import Record, Shape
+
+REMOVED = -torch.inf  # a feature row of this value was removed by stage 1
+_SCORES = "lp_patch_scores"  # attribute of a feature tensor: its stage-1 scores, for the trace only
+
+
+@dataclass
+class Stage:
+    """One shortening of the sequence, valid from decoder layer `start` on.
+
+    Attributes:
+        length: tokens per row, padding included.
+        index: (B, length) into the previous stage's tokens (into the input for the first stage).
+        valid: (B, length) bool, or None if no row is padded.
+        visual: (B, length) bool.
+        restore: (B, S), for each input position the slot that answers for it.
+        rotary: cos and sin for its tokens, (B, length, D); None for the first stage, which the model computes itself.
+    """
+
+    start: int
+    length: int
+    index: Tensor
+    valid: Tensor | None
+    visual: Tensor
+    restore: Tensor
+    rotary: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class View:
+    """What one decoder layer attends to. Layers of one stage and one cache history share it.
+
+    Attributes:
+        valid: (B, P + N) bool over the layer's physical keys, or None if all are real.
+        mask: what to hand to the layer, in the form its attention back-end wants; unused for layer 0's own view,
+            which the model builds.
+    """
+
+    valid: Tensor | None
+    mask: Any = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Row-wise numbers of a prefill, on the host: no later stage needs to wait for the device.
+
+    Attributes:
+        kept: real tokens of each row after stage 1.
+        survivors: visual ones among them.
+        stage2: visual tokens that each row keeps in stage 2.
+        wiped: whether the row loses its last visual tokens at `final_wipe_layer`.
+        n_queries: the last slots among which all text queries lie.
+    """
+
+    kept: list[int]
+    survivors: list[int]
+    stage2: list[int]
+    wiped: list[bool]
+    n_queries: int
+
+
+@dataclass
+class Encoding:
+    """Stage 1 of the images being encoded now."""
+
+    scores: list[Tensor | None] = field(default_factory=list)
+    cls_attention: Tensor | None = None
+    index: Tensor | None = None
+    present: int = 0
+
+
+@dataclass
+class Run:
+    """All that one forward decides.
+
+    `encoding`, `visual` and `features` lead up to the language model; the rest belongs to its forward, and is `live`
+    only where this forward prunes or its cache was pruned.
+    """
+
+    encoding: Encoding | None = None
+    visual: Tensor | None = None
+    features: Sequence[Tensor] | None = None
+    live: bool = False
+    plan: Plan | None = None
+    record: Record | None = None
+    stages: list[Stage] = field(default_factory=list)
+    views: dict[tuple, View] = field(default_factory=dict)
+    layer_views: list[View] = field(default_factory=list)
+    attention_mask: Tensor | None = None
+    new_tokens: int = 0
+    rotary_ids: Tensor | None = None
+    shift: Tensor | None = None
+    query_weights: Tensor | None = None
+    text_scores: Tensor | None = None
+
+
+class PerThread(threading.local):
+    """Run state; a copied or pickled patch starts with an empty one."""
+
+    def __init__(self) -> None:
+        self.run = Run()
+        self.record: Record | None = None
+
+    def __deepcopy__(self, memo: dict) -> "PerThread":
+        return PerThread()
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return PerThread, ()
+
+
+class Surgery:
+    """The hooks of one patched model."""
+
+    def __init__(self, parts: Parts, config: PruningConfig, pruner: LearnablePruner | None) -> None:
+        n_layers = len(parts.layers)
+        layer = default_layer(n_layers) if config.layer is None else config.layer
+        wipe = config.final_wipe_layer
+        if not 1 <= layer < n_layers:
+            raise ConfigError(f"layer must lie in [1, {n_layers - 1}] for {n_layers} decoder layers, got {layer}")
+        if wipe is not None and not layer < wipe <= n_layers:
+            raise ConfigError(
+                f"final_wipe_layer must lie in [{layer + 1}, {n_layers}] (after layer={layer}), got {wipe}"
+            )
+        self.patch: Any = None  # the handle; found again through the hooks, also on a copy of the model
+        self.parts = parts
+        self.config = config
+        self.shape = Shape(n_layers, layer, None if wipe == n_layers else wipe)
+        self.scorer = resolve_scorer(config.scorer, pruner)
+        self.text_weights = resolve_text_scorer(config.text_scorer)
+        self.pruner = pruner
+        self.cls_layer = self._cls_layer()
+        self.local = PerThread()
+        self.last_record: Record | None = None
+        self.warned: set[str] = set()
+        check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
+
+    def _cls_layer(self) -> nn.Module | None:
+        """The vision attention that the "cls" scorer reads."""
+        if not self.scorer.needs_cls_attention:
+            return None
+        adapter = self.parts.adapter
+        if adapter.cls_attention is None:
+            raise ConfigError(f"scorer={self.scorer.name!r} needs a [CLS] token, which {adapter.family} does not have")
+        module = adapter.cls_attention(self.parts.base)
+        check_tappable(module, "the vision attention behind the features")
+        return module
+
+    def taps(self) -> list[tuple[nn.Module, Observer]]:
+        """Attention modules to look into, and who looks."""
+        found: list[tuple[nn.Module, Observer]] = []
+        if self.config.stage_ratio > 1:
+            found.append((self.parts.attention[self.shape.layer - 1], self.observe_text))
+        if self.cls_layer is not None:
+            found.append((self.cls_layer, self.observe_cls))
+        return found
+
+    def budget(self, present: int) -> StageBudget:
+        """What a visual input of `present` tokens keeps."""
+        n_layers, layer, wipe_layer = self.shape
+        return stage_budget(self.config.average(present), present, n_layers, layer, self.config.stage_ratio, wipe_layer)
+
+    # ------------------------------------------------------------------ stage 1
+
+    def around_encode(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        """Wraps the method that encodes images: only inside it does the projector prune."""
+        run = self.local.run
+        encoding = run.encoding = Encoding()
+        try:
+            output = wrapped(*args, **kwargs)
+        finally:
+            run.encoding = None
+        features = getattr(output, "pooler_output", None)
+        if isinstance(features, (list, tuple)):
+            for feature, scores in zip(features, encoding.scores, strict=True):
+                setattr(feature, _SCORES, scores)
+            run.features = features
+        return output
+
+    def observe_cls(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """The vision layer whose output becomes the features: query and key (B, H, 1 + N, D), [CLS] first."""
+        encoding = self.local.run.encoding
+        if encoding is not None:
+            weight = query.new_ones((query.shape[0], 1))
+            encoding.cls_attention = received_attention(query[:, :, :1], key, weight, scaling, causal=False)[:, 1:]
+
+    def before_projector(self, module: nn.Module, args: tuple) -> tuple | None:
+        """Stage 1: (B, N, C) encoder features -> (B, R1, C)."""
+        encoding = self.local.run.encoding
+        if encoding is None:
+            return None
+        features = args[0]
+        encoding.index = None
+        index, scores = self._stage1(features, self.scorer, encoding.cls_attention)
+        encoding.scores += [None] * features.shape[0] if scores is None else list(scores)
+        if index is None:
+            return None
+        encoding.index, encoding.present = index, features.shape[1]
+        return (take(features, index), *args[1:])
+
+    def after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+        """(B, R1, D) projected survivors -> (B, N, D), removed rows marked."""
+        encoding = self.local.run.encoding
+        if encoding is None or encoding.index is None:
+            return None
+        return _mark(output, encoding.index, encoding.present)
+
+    def _stage1(
+        self, features: Tensor, scorer: Scorer, cls_attention: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(B, N, C) -> indices (B, R1), or None for all of them, and the scores (B, N) behind them, if any."""
+        keep = self.budget(features.shape[1]).stage1
+        if keep >= features.shape[1]:
+            return None, None
+        with torch.no_grad():
+            scores = None
+            if scorer.score is not None:
+                by_score = max(1, keep - round(self.config.diversity * keep))
+                given = Stage1Input(features, by_score, self.config.seed, cls_attention, self.pruner)
+                scores = scorer.score(given).float()
+            return select_tokens(features, scores, keep, self.config.diversity), scores
+
+    # ------------------------------------------------------------------ the merging module
+
+    def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A forward starts: forget the last one, find the placeholders, look at features from outside."""
+        run = self.local.run = Run()
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        outputs = kwargs.get("mm_encoder_outputs") or {}
+        given = outputs.get("image")
+        if given is not None:
+            features = given.pooler_output
+            pruned = self._prune_given(features)
+            if pruned is not features:
+                given = type(given)(**{**given, "pooler_output": pruned})
+                kwargs = {**kwargs, "mm_encoder_outputs": {**outputs, "image": given}}
+            run.features = list(pruned)
+        if given is not None or kwargs.get("pixel_values") is not None:
+            run.visual = self._placeholders(ids, kwargs.get("inputs_embeds"))
+        elif ids is None and _is_removed(kwargs["inputs_embeds"]).any():
+            raise UnsupportedInputError(
+                "inputs_embeds holds image features that lp_patch has pruned, already merged. Leave the placeholder "
+                "embeddings in and pass the features as mm_encoder_outputs, or encode with the patch removed"
+            )
+        return args, kwargs
+
+    def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        """(B, S) bool: positions that a visual feature replaces."""
+        if ids is not None:
+            return ids == self.parts.placeholder
+        assert embeds is not None  # transformers refuses a call with neither
+        token = torch.tensor(self.parts.placeholder, device=embeds.device)
+        return (embeds == self.parts.language_model.get_input_embeddings()(token)).all(dim=-1)
+
+    def _prune_given(self, features: Any) -> Any:
+        """Stage 1 on features that arrive encoded; those that carry marks, or fit the budget, stay as they are."""
+        todo = [
+            i
+            for i, feature in enumerate(features)
+            if not hasattr(feature, _SCORES) and self.budget(feature.shape[0]).stage1 < feature.shape[0]
+        ]
+        if not todo:
+            return features
+        marked = torch.stack([_is_removed(features[i]).any() for i in todo]).tolist()
+        todo = [i for i, done in zip(todo, marked, strict=True) if not done]
+        if not todo:
+            return features
+        scorer = self.scorer
+        if scorer.needs_pruner or scorer.needs_cls_attention:
+            scorer = SCORERS["diversity"]
+            self._warn(
+                f'scorer="{self.scorer.name}" reads the vision encoder, but this call brings features that were '
+                'encoded without the patch: they are pruned by "diversity". Encode them with the patched model instead'
+            )
+        result = list(features)
+        for i in todo:
+            feature = features[i][None]
+            index, scores = self._stage1(feature, scorer, None)
+            if index is not None:
+                result[i] = _mark(take(feature, index), index, feature.shape[1]).squeeze(0)
+                setattr(result[i], _SCORES, None if scores is None else scores.squeeze(0))
+        return torch.stack(result) if isinstance(features, Tensor) else result
+
+    def after_base(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """No mark leaves the model: `image_hidden_states` lists the survivors."""
+        states = getattr(output, "image_hidden_states", None)
+        if isinstance(states, Tensor) and self.local.run.stages:
+            output.image_hidden_states = states[~_is_removed(states)]
+
+    # ------------------------------------------------------------------ the language model
+
+    def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Cut removed rows out, or translate the mask of a later step to what the cache holds."""
+        run = self.local.run
+        visual, features = run.visual, run.features
+        run = self.local.run = Run()
+        cache = kwargs.get("past_key_values")
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None or visual is None or features is None:
+            if embeds is not None and kv.seen_tokens(cache) == 0:
+                batch, length = embeds.shape[:2]
+                empty = torch.zeros(batch, length, dtype=torch.bool)
+                self._keep(Record(self.shape, empty, empty, [length] * batch, [False] * batch, [None] * batch))
+            return self._continue(run, args, kwargs)
+        return self._prefill(run, visual, features, args, kwargs)
+
+    def _continue(self, run: Run, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """A forward without new visual tokens, perhaps on a pruned cache."""
+        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        first = kv.pruned_layer(cache, 0)
+        if first is None:
+            return None
+        _check_mask(mask)
+        tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        run.live, run.attention_mask, run.new_tokens = True, mask, tokens.shape[1]
+        if first._self_shift is not None:
+            ids = self._position_ids(kwargs, tokens.shape[1], tokens.device)
+            run.rotary_ids = ids - first._self_shift.to(tokens.device)
+        return args, {**kwargs, "attention_mask": self._layer_0_mask(run, cache)}
+
+    def _prefill(
+        self, run: Run, visual: Tensor, features: Sequence[Tensor], args: tuple, kwargs: dict
+    ) -> tuple[tuple, dict] | None:
+        """A forward with new visual tokens."""
+        embeds, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        batch, length = embeds.shape[:2]
+        visual = visual.to(embeds.device)
+        flat = isinstance(mask, Tensor) and mask.dim() == 2
+        real = mask[:, -length:].bool().to(embeds.device) if flat else torch.ones_like(visual)
+        visual = visual & real
+        removed = visual & _is_removed(embeds)
+        keep = real & ~removed
+        weights = self.text_weights(real & ~visual, visual) * visual.any(dim=1, keepdim=True)
+        asking = keep & ((weights > 0).cumsum(dim=1) > 0)
+        # the only wait for the device in a prefill
+        kept, n_visual, n_removed, n_asking = torch.stack(
+            [x.sum(dim=1) for x in (keep, visual, removed, asking)]
+        ).tolist()
+        plan = self._make_plan([feature.shape[0] for feature in features], kept, n_visual, n_removed, n_asking)
+        text = [k - s for k, s in zip(plan.kept, plan.survivors, strict=True)]
+        scores = _row_scores(features, n_visual)
+        run.record = self._keep(Record(self.shape, visual, removed, text, plan.wiped, scores))
+        if not any(n_removed) and plan.stage2 == plan.survivors and not any(plan.wiped):
+            return self._continue(run, args, kwargs)
+        _check_mask(mask)
+        kv.check_prunable(cache)
+
+        run.live, run.plan, run.attention_mask, run.new_tokens = True, plan, mask, length
+        ids = self._position_ids(kwargs, length, embeds.device).expand(batch, -1)
+        if self.config.positions == "compact":
+            first = kv.pruned_layer(cache, 0)
+            before = 0 if first is None or first._self_shift is None else first._self_shift.to(ids.device)
+            gone = removed.cumsum(dim=1)
+            run.shift = before + gone[:, -1:]
+            ids = ids - before - gone
+        stage = self._cut(run, 0, keep, plan.kept, visual)
+        run.query_weights = take(weights * keep, stage.index)[:, stage.length - plan.n_queries :]
+        run.rotary_ids = take(ids, stage.index)
+        past = kv.stored_tokens(cache, 0)
+        return args, {
+            **kwargs,
+            "inputs_embeds": take(embeds, stage.index),
+            "attention_mask": self._layer_0_mask(run, cache),
+            # contiguous: transformers takes a gap in position ids for the start of a packed sequence
+            "position_ids": torch.arange(past, past + stage.length, device=embeds.device)[None],
+        }
+
+    @staticmethod
+    def _position_ids(kwargs: dict, new: int, device: torch.device) -> Tensor:
+        """(B or 1, new) position ids as the caller counts them; the default is transformers' own."""
+        ids = kwargs.get("position_ids")
+        if ids is not None:
+            return ids.to(device)
+        seen = kv.seen_tokens(kwargs.get("past_key_values"))
+        return torch.arange(seen, seen + new, device=device)[None]
+
+    def _layer_0_mask(self, run: Run, cache: Any) -> Tensor | None:
+        """The 2-D mask from which the model builds layer 0's own; notes layer 0's view."""
+        view = run.views[_key(run, cache, 0)] = View(self._valid_keys(run, cache, 0))
+        return kv.mask_columns(cache, 0, view.valid)
+
+    @staticmethod
+    def _valid_keys(run: Run, cache: Any, index: int) -> Tensor | None:
+        cut = (run.stages[-1].valid, run.stages[-1].length) if run.stages else None
+        return kv.valid_keys(cache, index, run.attention_mask, run.new_tokens, cut)
+
+    def _make_plan(
+        self, lengths: list[int], kept: list[int], visual: list[int], removed: list[int], asking: list[int]
+    ) -> Plan:
+        """Assign visual inputs of the given lengths to rows, in order, and sum their budgets."""
+        remaining = iter(lengths)
+        survivors, stage2, wiped = [], [], []
+        for present, gone in zip(visual, removed, strict=True):
+            budgets, left = [], present
+            while left > 0:
+                size = next(remaining, None)
+                if size is None or size > left:
+                    raise UnsupportedInputError(
+                        f"the image features, of {lengths} tokens, do not fill the rows' {visual} placeholders "
+                        "image by image"
+                    )
+                budgets.append((self.budget(size), size))
+                left -= size
+            survivors.append(present - gone)
+            stage2.append(min(sum(b.stage2 for b, _ in budgets), present - gone))
+            wiped.append(self.shape.wipe_layer is not None and any(b.stage2 < size for b, size in budgets))
+        return Plan(kept, survivors, stage2, wiped, max(1, *asking))
+
+    def _cut(self, run: Run, start: int, keep: Tensor, counts: list[int], visual: Tensor) -> Stage:
+        """Begin the stage that keeps `keep` (B, N) of the current tokens; `counts` are its row sums."""
+        length = max(1, *counts)
+        index = compact_index(keep, length)
+        restore = restore_index(keep, length)
+        stage = Stage(
+            start=start,
+            length=length,
+            index=index,
+            valid=None if min(counts) == length else take(keep, index),
+            visual=take(visual & keep, index),
+            restore=restore.gather(1, run.stages[-1].restore) if run.stages else restore,
+        )
+        run.stages.append(stage)
+        return stage
+
+    def before_rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """True positions for the rotary embedding."""
+        ids = self.local.run.rotary_ids
+        if ids is None:
+            return None
+        if len(args) > 1:
+            return (args[0], ids, *args[2:]), kwargs
+        return args, {**kwargs, "position_ids": ids}
+
+    def observe_text(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        """Layer k's rotated query (B, H, N, D) and key (B, KV, P + N, D): scores of its N tokens for stage 2."""
+        run = self.local.run
+        # once per forward: gradient checkpointing runs the layer again
+        if run.plan is None or run.text_scores is not None or run.plan.stage2 == run.plan.survivors:
+            return
+        weights = run.query_weights.to(query.device)  # type: ignore[union-attr]
+        valid = run.layer_views[-1].valid
+        with torch.no_grad():
+            received = received_attention(
+                query[:, :, query.shape[2] - weights.shape[1] :],
+                key,
+                weights,
+                scaling,
+                key_mask=None if valid is None else valid.to(key.device),
+            )
+        run.text_scores = received[:, key.shape[2] - query.shape[2] :]
+
+    def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Give decoder layer `index` (from 0) the tokens, mask and positions of its stage."""
+        run = self.local.run
+        if not run.live:
+            return None
+        hidden, cache = args[0], kwargs.get("past_key_values")
+        if run.plan is not None:
+            for keep, counts in self._cuts_before(run, run.plan, index):
+                stage = self._cut(run, index, keep, counts, run.stages[-1].visual)
+                rotary = run.stages[-2].rotary or kwargs["position_embeddings"]
+                stage.rotary = tuple(take(x, stage.index) for x in rotary)
+                hidden = take(hidden, stage.index)
+        key = _key(run, cache, index)
+        if key not in run.views:
+            valid = self._valid_keys(run, cache, index)
+            columns = kv.mask_columns(cache, index, valid)
+            run.views[key] = View(valid, causal_mask(self.parts.language_model.config, hidden, columns, cache, index))
+        view = run.views[key]
+        run.layer_views.append(view)
+        if index == 0 or view is run.layer_views[0]:
+            return None
+        kwargs = {**kwargs, "attention_mask": view.mask}
+        if run.stages and run.stages[-1].rotary is not None:
+            kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in run.stages[-1].rotary)
+            kwargs["position_ids"] = torch.arange(run.stages[-1].length, device=hidden.device)[None]
+        return (hidden, *args[1:]), kwargs
+
+    def _cuts_before(self, run: Run, plan: Plan, index: int) -> Iterator[tuple[Tensor, list[int]]]:
+        """What vanishes before decoder layer `index`: (keep (B, N), its row sums) for each shortening due there."""
+        last = run.stages[-1]
+        if index == self.shape.layer and plan.stage2 != plan.survivors:
+            if run.text_scores is None:
+                raise UnsupportedInputError(
+                    f"decoder layer {index} computed no attention through transformers' AttentionInterface: "
+                    "stage 2 has no scores. Set stage_ratio=1 to run stage 1 alone"
+                )
+            scores = run.text_scores.to(last.visual.device)
+            wanted = torch.tensor(plan.stage2, device=scores.device)
+            chosen = top_mask(scores, last.visual, wanted)
+            keep = _and(chosen | ~last.visual, last.valid)
+            run.record.note_stage2(last.index, chosen, scores)  # type: ignore[union-attr]
+            yield keep, [k - s + r for k, s, r in zip(plan.kept, plan.survivors, plan.stage2, strict=True)]
+        if index == self.shape.wipe_layer and any(plan.wiped):
+            last = run.stages[-1]
+            wiped = torch.tensor(plan.wiped, device=last.visual.device)
+            keep = _and(~(last.visual & wiped[:, None]), last.valid)
+            rows = zip(plan.kept, plan.survivors, plan.stage2, plan.wiped, strict=True)
+            yield keep, [k - s + (0 if w else r) for k, s, r, w in rows]
+
+    def after_language_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        """Outputs of the input's length; a cache that knows what it was not given."""
+        run = self.local.run
+        if not run.stages:
+            return
+        stages = [self._stage_of(run, index) for index in range(self.shape.n_layers)]
+        cache = getattr(output, "past_key_values", None)
+        if cache is not None:
+            ids = {id(stage): kv.new_history_id() for stage in run.stages}
+            for index, (stage, view) in enumerate(zip(stages, run.layer_views, strict=True)):
+                kv.mark_pruned(cache, index, run.new_tokens - stage.length, view.valid, run.shift, ids[id(stage)])
+        output.last_hidden_state = take(output.last_hidden_state, stages[-1].restore)
+        if getattr(output, "hidden_states", None) is not None:
+            # entry 0 is the input of the first layer, entry i the output of layer i - 1
+            output.hidden_states = tuple(
+                None if state is None else take(state, stages[max(0, i - 1)].restore)
+                for i, state in enumerate(output.hidden_states)
+            )
+
+    @staticmethod
+    def _stage_of(run: Run, index: int) -> Stage:
+        return [stage for stage in run.stages if stage.start <= index][-1]
+
+    # ------------------------------------------------------------------ what users read
+
+    def _keep(self, record: Record) -> Record:
+        self.local.record = self.last_record = record
+        return record
+
+    @property
+    def record(self) -> Record | None:
+        """This thread's latest prefill, or the latest of any thread (a model that generates in a thread)."""
+        return self.local.record or self.last_record
+
+    def _warn(self, message: str) -> None:
+        if message not in self.warned:
+            self.warned.add(message)
+            warnings.warn(message, stacklevel=2)
+
+
+def _is_removed(features: Tensor) -> Tensor:
+    """Rows that stage 1 marked: (..., D) -> (...) bool. A mark fills its row, so one column tells."""
+    return features[..., 0] == REMOVED
+
+
+def _mark(survivors: Tensor, index: Tensor, present: int) -> Tensor:
+    """(B, R, D) at rows `index` (B, R) of (B, present, D), all other rows marked as removed."""
+    batch, _, width = survivors.shape
+    rows = index.to(survivors.device)[..., None].expand(-1, -1, width)
+    return survivors.new_full((batch, present, width), REMOVED).scatter(1, rows, survivors)
+
+
+def _and(keep: Tensor, valid: Tensor | None) -> Tensor:
+    return keep if valid is None else keep & valid
+
+
+def _key(run: Run, cache: Any, index: int) -> tuple:
+    """Layers with equal keys see the same tokens."""
+    return len(run.stages), kv.history(cache, index)
+
+
+def _row_scores(features: Sequence[Tensor], visual: list[int]) -> list[Tensor | None]:
+    """Stage-1 scores of each row's visual tokens, or None where an input has none."""
+    found = iter([getattr(feature, _SCORES, None) for feature in features])
+    sizes = iter([feature.shape[0] for feature in features])
+    rows: list[Tensor | None] = []
+    for count in visual:
+        parts: list[Tensor | None] = []
+        while count > 0:
+            parts.append(next(found))
+            count -= next(sizes)
+        known = [part for part in parts if part is not None]
+        rows.append(torch.cat(known) if known and len(known) == len(parts) else None)
+    return rows
+
+
+def _check_mask(mask: Any) -> None:
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise UnsupportedInputError(
+            "a pruned prompt needs the 2-D attention mask (batch, tokens) or None, got "
+            + (f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__)
+        )

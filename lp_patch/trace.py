@@ -1,0 +1,102 @@
+"""What a patched model did: the trace of its latest prefill, and a report of what that saved."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shape(NamedTuple):
+    """Where the stages begin: decoder layers in all, on stage-1 tokens, and before the final wipe (None: never)."""
+
+    n_layers: int
+    layer: int
+    wipe_layer: int | None
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What the latest prefill kept; one entry per sample. Indices number that sample's visual tokens in order.
+
+    Attributes:
+        visual_tokens: visual tokens in the prompt.
+        stage1: (R1,) int64, ascending: tokens that reached the language model.
+        stage2: (R2,) int64, ascending: tokens that stage 2 left, a subset of stage 1.
+        stage1_scores: (visual tokens,) float32, or None where the strategy has no scores or nothing was pruned.
+        stage2_scores: (R1,) float32, text-to-vision attention of the stage-1 survivors, or None without stage 2.
+        tokens_per_layer: visual tokens that each decoder layer ran on.
+        text_tokens: tokens of the prompt that are neither visual nor padding.
+    """
+
+    visual_tokens: list[int]
+    stage1: list[Tensor]
+    stage2: list[Tensor]
+    stage1_scores: list[Tensor | None]
+    stage2_scores: list[Tensor | None]
+    tokens_per_layer: list[list[int]]
+    text_tokens: list[int]
+
+
+class Record:
+    """One prefill's decisions as device tensors; read into a `Trace` only when somebody asks.
+
+    Args:
+        shape: where the stages begin.
+        visual: (B, S) bool, visual tokens of the input.
+        removed: (B, S) bool, those that stage 1 removed.
+        text: per row, tokens that are neither visual nor padding.
+        wiped: per row, whether its last visual tokens vanish at `shape.wipe_layer`.
+        stage1_scores: per row (visual tokens,) float or None.
+    """
+
+    def __init__(
+        self,
+        shape: Shape,
+        visual: Tensor,
+        removed: Tensor,
+        text: list[int],
+        wiped: list[bool],
+        stage1_scores: list[Tensor | None],
+    ) -> None:
+        self.shape = shape
+        self.visual = visual
+        self.removed = removed
+        self.text = text
+        self.wiped = wiped
+        self.stage1_scores = stage1_scores
+        self.stage2: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def note_stage2(self, index: Tensor, chosen: Tensor, scores: Tensor) -> None:
+        """Stage 2 chose `chosen` (B, N) of the tokens at `index` (B, N) of the input, by `scores` (B, N)."""
+        self.stage2 = (index, chosen, scores)
+
+    def trace(self) -> Trace:
+        """Everything on the host, as users read it."""
+        visual, removed = self.visual.cpu(), self.removed.cpu()
+        kept2, scores2 = visual & ~removed, None
+        if self.stage2 is not None:
+            index, chosen, scores = (x.cpu() for x in self.stage2)
+            kept2 = torch.zeros_like(visual).scatter_(1, index, chosen)
+            scores2 = torch.zeros(visual.shape, dtype=scores.dtype).scatter_(1, index, scores)
+        stage1, stage2, stage2_scores, per_layer = [], [], [], []
+        n_layers, layer, wipe_layer = self.shape
+        for row in range(visual.shape[0]):
+            seen = visual[row]
+            survived = ~removed[row][seen]
+            stage1.append(survived.nonzero().squeeze(1))
+            stage2.append(kept2[row][seen].nonzero().squeeze(1))
+            stage2_scores.append(None if scores2 is None else scores2[row][seen][survived])
+            counts = [len(stage1[-1])] * layer + [len(stage2[-1])] * (n_layers - layer)
+            if self.wiped[row] and wipe_layer is not None:
+                counts[wipe_layer:] = [0] * (n_layers - wipe_layer)
+            per_layer.append(counts)
+        return Trace(
+            visual_tokens=visual.sum(dim=1).tolist(),
+            stage1=stage1,
+            stage2=stage2,
+            stage1_scores=[None if scores is None else scores.float().cpu() for scores in self.stage1_scores],
+            stage2_scores=stage2_scores,
+            tokens_per_layer=per_layer,
+            text_tokens=list(self.text),
+        )
