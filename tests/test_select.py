@@ -1,0 +1,247 @@
+"""Selection against brute-force loops, on vectors whose cosines are exact, so that ties are real ties."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lp_patch import select
+from lp_patch.select import compact_index, farthest_points, restore_index, select_tokens, take, top_indices, top_mask
+
+
+def cosine(a, b):
+    norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
+    return sum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
+
+
+def greedy(features, seeds, count):
+    """Farthest points in float64, one comparison at a time; strict `<` leaves ties to the lowest index."""
+    tokens = range(len(features))
+    chosen = list(seeds)
+    for _ in range(count):
+        best, least = None, math.inf
+        for i in tokens:
+            if i in chosen:
+                continue
+            # the first token of an empty set: the one whose nearest other is farthest away
+            rivals = chosen or [j for j in tokens if j != i]
+            value = max((cosine(features[i], features[j]) for j in rivals), default=-math.inf)
+            if value < least:
+                best, least = i, value
+        chosen.append(best)
+    return chosen
+
+
+SIGNS = st.tuples(*[st.sampled_from([-1.0, 1.0])] * 4)
+AXES = st.sampled_from([tuple(s * float(i == j) for j in range(4)) for i in range(4) for s in (-2.0, 1.0)])
+ZERO = st.just((0.0,) * 4)  # resembles nothing
+EXACT = SIGNS | AXES | ZERO  # cosines are multiples of 1/4 or 1/2: float32 holds them exactly
+
+
+@st.composite
+def rows_and_seeds(draw, vectors=EXACT, max_tokens=9):
+    n = draw(st.integers(1, max_tokens))
+    row = draw(st.lists(vectors, min_size=n, max_size=n))
+    seeds = draw(st.lists(st.integers(0, n - 1), unique=True, max_size=n))
+    return row, seeds, draw(st.integers(0, n - len(seeds)))
+
+
+@given(rows_and_seeds())
+def test_farthest_points_with_duplicates_and_zero_vectors(case):
+    row, seeds, count = case
+    got = farthest_points(torch.tensor([row]), torch.tensor([seeds], dtype=torch.long), count)
+    assert got.dtype == torch.int64
+    assert got.tolist() == [greedy(row, seeds, count)]
+
+
+@pytest.mark.parametrize("n_seeds", [0, 1, 7])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_farthest_points_on_random_features(n_seeds, dtype):
+    generator = torch.Generator().manual_seed(n_seeds)
+    features = torch.randn(3, 30, 5, generator=generator, dtype=torch.float64)
+    features = features * 10 ** torch.randn(3, 30, 1, generator=generator, dtype=torch.float64)  # length must not count
+    seeds = torch.stack([torch.randperm(30, generator=generator)[:n_seeds] for _ in range(3)])
+    got = farthest_points(features.to(dtype), seeds, 12)
+    expected = [greedy(features[b].tolist(), seeds[b].tolist(), 12) for b in range(3)]
+    assert got.tolist() == expected
+
+
+def test_starts_from_the_token_whose_nearest_other_is_farthest():
+    # on the unit circle, degrees: 0 and 10 are neighbours, 90 is 60 from 150 and 80 from 10, 250 is 100 from 150
+    degrees = torch.tensor([0.0, 10.0, 90.0, 150.0, 250.0]).deg2rad()
+    features = torch.stack([degrees.cos(), degrees.sin()], dim=1)[None]
+    none = torch.empty(1, 0, dtype=torch.long)
+    # 250; then only distance to the set counts: 90 (160 away) before 0 (110) and 10 (120)
+    assert farthest_points(features, none, 3).tolist() == [[4, 2, 0]]
+
+
+@given(st.lists(rows_and_seeds(max_tokens=6), min_size=2, max_size=4))
+def test_rows_of_a_batch_do_not_meet(cases):
+    n = min(len(row) for row, _, _ in cases)
+    features = torch.tensor([row[:n] for row, _, _ in cases])
+    seeds = torch.tensor([[i % n] for i in range(len(cases))])
+    together = farthest_points(features, seeds, n - 1)
+    alone = [farthest_points(features[i : i + 1], seeds[i : i + 1], n - 1)[0].tolist() for i in range(len(cases))]
+    assert together.tolist() == alone
+
+
+@pytest.mark.parametrize("elements", [1, 30, 97])
+@pytest.mark.parametrize("n_seeds", [0, 4])
+def test_blocks_change_nothing(monkeypatch, elements, n_seeds):
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randint(0, 2, (2, 23, 16), generator=generator).float() * 2 - 1  # cosines in sixteenths: exact
+    seeds = torch.arange(n_seeds).expand(2, -1)
+    whole = farthest_points(features, seeds, 10)
+    monkeypatch.setattr(select, "_CHUNK_ELEMENTS", elements)
+    assert farthest_points(features, seeds, 10).equal(whole)
+    assert whole.tolist() == [greedy(row, list(range(n_seeds)), 10) for row in features.tolist()]
+
+
+def test_no_block_outgrows_the_limit(monkeypatch):
+    sizes = []
+    real = torch.bmm
+    monkeypatch.setattr(select, "_CHUNK_ELEMENTS", 300)
+    monkeypatch.setattr(torch, "bmm", lambda a, b: sizes.append(a.shape[0] * a.shape[1] * b.shape[2]) or real(a, b))
+    farthest_points(torch.randn(2, 40, 3), torch.empty(2, 0, dtype=torch.long), 5)
+    assert sizes
+    assert max(sizes) <= 300
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_features_are_compared_in_float32(dtype):
+    # 300 ** 2 overflows float16, and neighbours this close are one number in bfloat16
+    features = torch.tensor([[[300.0, 0.0], [300.0, 10.0], [300.0, 12.0]]]).to(dtype)
+    expected = greedy(features[0].double().tolist(), [0], 2)
+    assert expected == [0, 2, 1]
+    assert farthest_points(features, torch.tensor([[0]]), 2).tolist() == [expected]
+
+
+def test_nothing_to_add():
+    seeds = torch.tensor([[3, 1]])
+    assert farthest_points(torch.randn(1, 5, 2), seeds, 0).equal(seeds)
+
+
+SCORES = st.lists(st.sampled_from([-math.inf, -1.0, 0.0, 0.25, 0.5, 1.0]), min_size=1, max_size=40)
+
+
+@given(SCORES, st.data())
+def test_top_indices(scores, data):
+    count = data.draw(st.integers(0, len(scores)))
+    expected = sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count]
+    assert top_indices(torch.tensor([scores]), count).tolist() == [expected]
+
+
+@st.composite
+def scored_candidates(draw):
+    batch, n = draw(st.integers(1, 3)), draw(st.integers(1, 20))
+    value = st.sampled_from([-math.inf, -2.0, 0.0, 0.5, 1.0])
+
+    def rows(element):
+        return st.lists(st.lists(element, min_size=n, max_size=n), min_size=batch, max_size=batch)
+
+    counts = draw(st.lists(st.integers(0, n + 3), min_size=batch, max_size=batch))
+    return draw(rows(value)), draw(rows(st.booleans())), counts
+
+
+@given(scored_candidates())
+def test_top_mask(case):
+    scores, candidates, counts = case
+    expected = []
+    for row, allowed, count in zip(scores, candidates, counts, strict=True):
+        best = sorted((i for i in range(len(row)) if allowed[i]), key=lambda i: (-row[i], i))[:count]
+        expected.append([i in best for i in range(len(row))])
+    got = top_mask(torch.tensor(scores), torch.tensor(candidates), torch.tensor(counts))
+    assert got.dtype == torch.bool
+    assert got.tolist() == expected
+
+
+@given(rows_and_seeds(), st.data())
+def test_select_tokens(case, data):
+    row, _, _ = case
+    n = len(row)
+    scores = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0]), min_size=n, max_size=n))
+    keep = data.draw(st.integers(1, n))
+    diversity = data.draw(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.9, 1.0]))
+    best = sorted(range(n), key=lambda i: (-scores[i], i))
+    by_score = keep - round(diversity * keep)
+    got = select_tokens(torch.tensor([row]), torch.tensor([scores]), keep, diversity)
+    assert got.tolist() == [sorted(greedy(row, best[:by_score], keep - by_score))]
+    assert got.unique().numel() == keep
+
+
+@given(rows_and_seeds(), st.data())
+def test_select_tokens_without_scores(case, data):
+    row, _, _ = case
+    keep = data.draw(st.integers(1, len(row)))
+    diversity = data.draw(st.sampled_from([0.0, 0.1, 1.0]))  # has no meaning then
+    got = select_tokens(torch.tensor([row]), None, keep, diversity)
+    assert got.tolist() == [sorted(greedy(row, [], keep))]
+
+
+def test_diversity_share_is_a_tenth_of_stage_1():
+    # 30 tokens alike, scored best, and 10 that differ: of 20 kept, 2 must come from those
+    alike = torch.ones(30, 12)
+    features = torch.cat([alike, torch.eye(12)[:10]])[None]
+    scores = torch.arange(40, 0, -1).float()[None]
+    kept = select_tokens(features, scores, 20, 0.1)[0].tolist()
+    assert kept == [*range(18), 30, 31]
+
+
+@given(st.integers(0, 3), st.integers(1, 5), st.integers(0, 2), st.data())
+def test_take(batch, n, extra_dims, data):
+    x = torch.arange(batch * n * 2**extra_dims).reshape((batch, n) + (2,) * extra_dims)
+    length = data.draw(st.integers(0, 6))
+    rows = data.draw(
+        st.lists(st.lists(st.integers(0, n - 1), min_size=length, max_size=length), min_size=batch, max_size=batch)
+    )
+    got = take(x, torch.tensor(rows, dtype=torch.long).reshape(batch, length))
+    assert got.shape == (batch, length, *x.shape[2:])
+    for b in range(batch):
+        for slot in range(length):
+            assert got[b, slot].equal(x[b, rows[b][slot]])
+
+
+@st.composite
+def keep_rows(draw):
+    batch, n = draw(st.integers(1, 4)), draw(st.integers(1, 12))
+    rows = [draw(st.lists(st.booleans(), min_size=n, max_size=n)) for _ in range(batch)]
+    needed = max(sum(row) for row in rows)
+    return rows, draw(st.integers(max(needed, 1), n))
+
+
+@given(keep_rows())
+def test_compact_index_pads_on_the_left_and_keeps_the_order(case):
+    rows, length = case
+    keep = torch.tensor(rows)
+    index = compact_index(keep, length)
+    assert index.shape == (len(rows), length)
+    for row, slots in zip(rows, index.tolist(), strict=True):
+        kept = [i for i, real in enumerate(row) if real]
+        padding = length - len(kept)
+        assert slots[padding:] == kept
+        assert [row[i] for i in slots] == [False] * padding + [True] * len(kept)
+
+
+@given(keep_rows())
+def test_restore_index_answers_for_every_old_position(case):
+    rows, length = case
+    slots = restore_index(torch.tensor(rows), length).tolist()
+    for row, got in zip(rows, slots, strict=True):
+        padding = length - sum(row)
+        expected, slot = [], padding
+        for position, real in enumerate(row):
+            if real and any(row[:position]):
+                slot += 1
+            expected.append(slot if any(row) else length - 1)  # a row with nothing kept has nothing to say
+        assert got == expected
+
+
+@given(keep_rows())
+def test_what_is_compacted_comes_back(case):
+    rows, length = case
+    keep = torch.tensor(rows)
+    values = torch.arange(keep.numel()).view(keep.shape)
+    back = take(take(values, compact_index(keep, length)), restore_index(keep, length))
+    assert back[keep].equal(values[keep])
