@@ -79,11 +79,11 @@ def top_mask(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
     Returns:
         (B, N) bool.
     """
-    order = scores.masked_fill(~candidates, -torch.inf).sort(dim=1, descending=True, stable=True).indices
-    rank = torch.empty_like(order).scatter_(
-        1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)
-    )
-    return candidates & (rank < counts.to(rank.device)[:, None])
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    # candidates are counted, not masked: a score of -inf is a score like any other
+    best_first = candidates.gather(1, order)
+    best_first &= best_first.cumsum(dim=1) <= counts.to(order.device)[:, None]
+    return torch.zeros_like(candidates).scatter_(1, order, best_first)
 
 
 def select_tokens(features: Tensor, scores: Tensor | None, keep: int, diversity: float) -> Tensor:
