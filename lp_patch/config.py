@@ -82,7 +82,7 @@ def make_config(config: PruningConfig | None, options: dict[str, Any]) -> Prunin
     for option in options:
         if option not in names:
             near = difflib.get_close_matches(option, names, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ConfigError(f"unknown option {option!r}{hint} Allowed: {', '.join(names)}")
     values = {} if config is None else {name: getattr(config, name) for name in names}
     # tokens and ratio are one choice: the option given now replaces whichever the config held
