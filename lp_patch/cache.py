@@ -27,6 +27,7 @@ class PrunedLayer(wrapt.BaseObjectProxy):
         _self_dropped: tokens seen and not stored, the same for all rows (rows are padded to one length).
         _self_valid: (B, P) bool, which of the first P physical entries are real, or None if all are.
         _self_covered: P; entries after it map one to one to the last columns of an attention mask.
+        _self_tail: how many of the last of those P do so too, in every row: what can still be cropped.
         _self_shift: (B, 1) int64, what compact positions lag behind original ones, or None.
         _self_history: ids of the prunings this layer went through; layers with equal histories hold equal tokens.
     """
@@ -36,6 +37,7 @@ class PrunedLayer(wrapt.BaseObjectProxy):
         self._self_dropped = 0
         self._self_valid: Tensor | None = None
         self._self_covered = 0
+        self._self_tail = 0
         self._self_shift: Tensor | None = None
         self._self_history: tuple[int, ...] = ()
 
@@ -50,18 +52,24 @@ class PrunedLayer(wrapt.BaseObjectProxy):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; refuses to reach into a pruned prompt."""
-        stored = self.__wrapped__.get_seq_length()
-        if -tokens_to_remove > stored - self._self_covered or tokens_to_remove > 0:
+        after = self.__wrapped__.get_seq_length() + tokens_to_remove
+        lost = max(0, self._self_covered - after)
+        if lost > self._self_tail or tokens_to_remove > 0:
+            least = -(self.__wrapped__.get_seq_length() - self._self_covered + self._self_tail)
             raise UnsupportedInputError(
-                f"crop({tokens_to_remove}) would cut into a pruned prompt, whose removed tokens cannot be told apart: "
-                f"give a value from {self._self_covered - stored} to 0, or build the cache anew"
+                f"crop({tokens_to_remove}) would cut into pruned visual tokens, of which only some were stored: "
+                f"give a value from {least} to 0, or build the cache anew"
             )
         self.__wrapped__.crop(tokens_to_remove)
+        if lost:
+            self._self_covered, self._self_tail = after, self._self_tail - lost
+            if self._self_valid is not None:
+                self._self_valid = self._self_valid[:, :after]
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.__wrapped__.reset()
-        self._self_dropped, self._self_covered, self._self_history = 0, 0, ()
+        self._self_dropped, self._self_covered, self._self_tail, self._self_history = 0, 0, 0, ()
         self._self_valid = self._self_shift = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -95,7 +103,14 @@ class PrunedLayer(wrapt.BaseObjectProxy):
         return _rebuild, (self.__wrapped__, self._state())
 
     def _state(self) -> tuple:
-        return self._self_dropped, self._self_valid, self._self_covered, self._self_shift, self._self_history
+        return (
+            self._self_dropped,
+            self._self_valid,
+            self._self_covered,
+            self._self_tail,
+            self._self_shift,
+            self._self_history,
+        )
 
 
 def _rebuild(layer: Any, state: tuple) -> PrunedLayer:
@@ -104,6 +119,7 @@ def _rebuild(layer: Any, state: tuple) -> PrunedLayer:
         pruned._self_dropped,
         pruned._self_valid,
         pruned._self_covered,
+        pruned._self_tail,
         pruned._self_shift,
         pruned._self_history,
     ) = state
@@ -158,12 +174,13 @@ def stored_tokens(cache: Cache | None, index: int) -> int:
 
 
 def mark_pruned(
-    cache: Cache, index: int, dropped: int, valid: Tensor | None, shift: Tensor | None, history: int
+    cache: Cache, index: int, dropped: int, valid: Tensor | None, tail: int, shift: Tensor | None, history: int
 ) -> None:
     """Record that layer `index` was just given `dropped` tokens fewer than it was shown.
 
     Args:
         valid: (B, P) bool over all its physical entries, or None if all are real.
+        tail: last tokens of the input that every row kept.
         shift: (B, 1) int64, or None.
         history: from `new_history_id`, equal for layers that dropped the same tokens.
     """
@@ -175,6 +192,7 @@ def mark_pruned(
     layer._self_dropped += dropped
     layer._self_valid = valid
     layer._self_covered = layer.__wrapped__.get_seq_length()
+    layer._self_tail = tail
     layer._self_shift = shift
     layer._self_history = (*layer._self_history, history)
 

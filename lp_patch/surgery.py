@@ -90,6 +90,7 @@ class Plan:
         stage2: visual tokens that each row keeps in stage 2.
         wiped: whether the row loses its last visual tokens at `final_wipe_layer`.
         n_queries: the last slots among which all text queries lie.
+        tail: last tokens of the input that are text in every row.
     """
 
     kept: list[int]
@@ -97,6 +98,7 @@ class Plan:
     stage2: list[int]
     wiped: list[bool]
     n_queries: int
+    tail: int
 
 
 @dataclass
@@ -369,13 +371,16 @@ class Surgery:
         visual = visual & real
         removed = visual & _is_removed(embeds)
         keep = real & ~removed
-        weights = self.text_weights(real & ~visual, visual) * visual.any(dim=1, keepdim=True)
+        weights = self.text_weights(real & ~visual, visual & ~removed) * visual.any(dim=1, keepdim=True)
         asking = keep & ((weights > 0).cumsum(dim=1) > 0)
         # the only wait for the device in a prefill
-        kept, n_visual, n_removed, n_asking = torch.stack(
-            [x.sum(dim=1) for x in (keep, visual, removed, asking)]
+        tail = (keep & ~visual).flip(1).long().cumprod(dim=1)
+        kept, n_visual, n_removed, n_asking, n_tail = torch.stack(
+            [x.sum(dim=1) for x in (keep, visual, removed, asking, tail)]
         ).tolist()
-        plan = self._make_plan([feature.shape[0] for feature in features], kept, n_visual, n_removed, n_asking)
+        plan = self._make_plan(
+            [feature.shape[0] for feature in features], kept, n_visual, n_removed, max(1, *n_asking), min(n_tail)
+        )
         text = [k - s for k, s in zip(plan.kept, plan.survivors, strict=True)]
         scores = _row_scores(features, n_visual)
         run.record = self._keep(Record(self.shape, visual, removed, text, plan.wiped, scores))
@@ -395,10 +400,14 @@ class Surgery:
         stage = self._cut(run, 0, keep, plan.kept, visual)
         run.query_weights = take(weights * keep, stage.index)[:, stage.length - plan.n_queries :]
         run.rotary_ids = take(ids, stage.index)
+        shortened = take(embeds, stage.index)
+        if stage.valid is not None:
+            # padding slots point at removed rows, and 0 * inf would spread through attention
+            shortened = shortened.masked_fill(~stage.valid[..., None], 0.0)
         past = kv.stored_tokens(cache, 0)
         return args, {
             **kwargs,
-            "inputs_embeds": take(embeds, stage.index),
+            "inputs_embeds": shortened,
             "attention_mask": self._layer_0_mask(run, cache),
             # contiguous: transformers takes a gap in position ids for the start of a packed sequence
             "position_ids": torch.arange(past, past + stage.length, device=embeds.device)[None],
@@ -424,7 +433,7 @@ class Surgery:
         return kv.valid_keys(cache, index, run.attention_mask, run.new_tokens, cut)
 
     def _make_plan(
-        self, lengths: list[int], kept: list[int], visual: list[int], removed: list[int], asking: list[int]
+        self, lengths: list[int], kept: list[int], visual: list[int], removed: list[int], n_queries: int, tail: int
     ) -> Plan:
         """Assign visual inputs of the given lengths to rows, in order, and sum their budgets."""
         remaining = iter(lengths)
@@ -443,7 +452,7 @@ class Surgery:
             survivors.append(present - gone)
             stage2.append(min(sum(b.stage2 for b, _ in budgets), present - gone))
             wiped.append(self.shape.wipe_layer is not None and any(b.stage2 < size for b, size in budgets))
-        return Plan(kept, survivors, stage2, wiped, max(1, *asking))
+        return Plan(kept, survivors, stage2, wiped, n_queries, tail)
 
     def _cut(self, run: Run, start: int, keep: Tensor, counts: list[int], visual: Tensor) -> Stage:
         """Begin the stage that keeps `keep` (B, N) of the current tokens; `counts` are its row sums."""
@@ -547,7 +556,8 @@ class Surgery:
         if cache is not None:
             ids = {id(stage): kv.new_history_id() for stage in run.stages}
             for index, (stage, view) in enumerate(zip(stages, run.layer_views, strict=True)):
-                kv.mark_pruned(cache, index, run.new_tokens - stage.length, view.valid, run.shift, ids[id(stage)])
+                dropped, history = run.new_tokens - stage.length, ids[id(stage)]
+                kv.mark_pruned(cache, index, dropped, view.valid, run.plan.tail, run.shift, history)  # type: ignore[union-attr]
         output.last_hidden_state = take(output.last_hidden_state, stages[-1].restore)
         if getattr(output, "hidden_states", None) is not None:
             # entry 0 is the input of the first layer, entry i the output of layer i - 1

@@ -1,0 +1,38 @@
+"""Shared fixtures: no network, no deprecation, no noise between tests."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def no_deprecation(request):
+    """transformers announces deprecations through its logger: they fail the test."""
+    seen = []
+    handler = logging.Handler()
+    handler.emit = lambda record: seen.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    yield
+    logger.removeHandler(handler)
+    # assisted decoding calls the assistant's generate() so itself
+    own = "Passing `generation_config` together with generation-related arguments"
+    deprecated = [message for message in seen if "deprecat" in message.lower() and own not in message]
+    assert not deprecated, deprecated
+
+
+@pytest.fixture(autouse=True)
+def few_threads():
+    """Tiny models run slower with many threads; and results must not depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
