@@ -72,7 +72,7 @@ def test_defaults():
 def test_tokens_or_ratio():
     assert PruningConfig(tokens=64).ratio is None
     assert PruningConfig(tokens=None, ratio=None).ratio == 2 / 9
-    with pytest.raises(ConfigError, match="not both: got tokens=64, ratio=0.5"):
+    with pytest.raises(ConfigError, match=r"not both: got tokens=64, ratio=0\.5"):
         PruningConfig(tokens=64, ratio=0.5)
 
 
