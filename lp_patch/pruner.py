@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -89,8 +88,11 @@ class LearnablePruner(nn.Module):
             weights = load_file(weights_path)
         except (OSError, SafetensorError) as error:
             raise PrunerError(f"{WEIGHTS_FILE} of {str(source)!r} cannot be read: {error}") from error
-        with torch.device("meta"):
-            pruner = cls(**sizes)
+        try:
+            with torch.device("meta"):
+                pruner = cls(**sizes)
+        except (PrunerError, RuntimeError, TypeError) as error:  # the last two: more numbers than torch can address
+            raise PrunerError(f"{CONFIG_FILE} of {str(source)!r}: {str(error).splitlines()[0]}") from error
         expected = {name: tuple(tensor.shape) for name, tensor in pruner.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if found != expected:
@@ -128,7 +130,9 @@ def _locate(source: str | Path, revision: str | None, hub_options: dict[str, Any
             Path(hf_hub_download(str(source), name, revision=revision, **hub_options))
             for name in (CONFIG_FILE, WEIGHTS_FILE)
         ]
-    except (HFValidationError, EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except TypeError:  # an option that hf_hub_download does not have
+        raise
+    except Exception as error:  # the client lets errors of its HTTP library through, and changes that library
         raise PrunerError(
             f"no pruner at {str(source)!r}: it is no folder here, and the Hub answered {type(error).__name__}: {error}"
         ) from error
