@@ -1,0 +1,264 @@
+"""Which models are found, how their wrappers are seen through, and what each refusal says."""
+
+import copy
+from importlib.metadata import version
+
+import pytest
+import torch
+from tiny import IMAGE, LAYERS, WIDTH, tiny_llava
+from torch import nn
+from transformers import BertConfig, BertModel, MistralConfig
+
+import lp_patch
+from lp_patch import Adapter, ConfigError, UnsupportedModelError, registry
+from lp_patch.registry import find_parts, unwrap
+
+
+@pytest.fixture
+def adapters(monkeypatch):
+    """A registry of this test's own."""
+    lp_patch.supported()
+    monkeypatch.setattr(registry, "_adapters", dict(registry._adapters))
+    return registry._adapters
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """A registry that has read nothing yet, and stands for the packages installed."""
+    points = []
+    monkeypatch.setattr(registry, "_adapters", {})
+    monkeypatch.setattr(registry, "_loaded", False)
+    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "lp_patch.adapters" else [])
+    return points
+
+
+class Point:
+    """An installed package's entry point."""
+
+    def __init__(self, found):
+        self.found = found
+
+    def load(self):
+        return self.found
+
+
+@pytest.fixture(scope="module")
+def shared():
+    return tiny_llava(dtype=torch.float32)
+
+
+@pytest.fixture
+def model(shared):
+    return copy.deepcopy(shared)
+
+
+def test_supported():
+    assert lp_patch.supported()["llava"] == "LLaVA"
+    assert list(lp_patch.supported()) == sorted(lp_patch.supported())
+    lp_patch.supported().clear()  # a copy
+    assert "llava" in lp_patch.supported()
+
+
+def test_find_parts(model):
+    parts = find_parts(model)
+    assert parts.adapter.model_type == "llava"
+    assert parts.base is model.model
+    assert parts.projector is model.model.multi_modal_projector
+    assert parts.language_model is model.model.language_model
+    assert parts.rotary is model.model.language_model.rotary_emb
+    assert len(parts.layers) == LAYERS
+    assert all(a is b for a, b in zip(parts.layers, model.model.language_model.layers, strict=True))
+    assert all(a is b.self_attn for a, b in zip(parts.attention, parts.layers, strict=True))
+    assert (parts.width, parts.placeholder) == (WIDTH, IMAGE)
+    assert find_parts(model.model).base is model.model  # without the head
+
+
+def test_width_of_several_feature_layers(model):
+    model.config.vision_feature_layer = [-2, -1, 0]
+    assert find_parts(model).width == 3 * WIDTH
+
+
+def test_unknown_model_type_says_what_is_supported_and_how_to_add():
+    bert = BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, vocab_size=9)
+    )
+    with pytest.raises(UnsupportedModelError, match=r"no adapter for BertModel \(model type 'bert'\)") as error:
+        lp_patch.apply(bert)
+    message = str(error.value)
+    assert f"Supported model types: {', '.join(lp_patch.supported())}." in message
+    assert "CONTRIBUTING.md" in message
+    assert "lp_patch.register" in message
+    assert isinstance(error.value, TypeError)
+
+
+def test_module_without_config():
+    with pytest.raises(UnsupportedModelError, match=r"no adapter for Linear \(model type None\)"):
+        find_parts(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("thing", [None, 3, "llava-hf/llava-1.5-7b-hf", {"model": 1}, nn.Linear])
+def test_no_model_at_all(thing):
+    with pytest.raises(UnsupportedModelError, match=r"needs a vision-language model \(an nn\.Module\), got ") as error:
+        lp_patch.apply(thing)
+    assert type(thing).__name__ in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path", ["multi_modal_projector", "language_model", "language_model.layers", "language_model.rotary_emb"]
+)
+def test_missing_patch_point_is_named(model, path):
+    owner, _, name = path.rpartition(".")
+    delattr(model.model.get_submodule(owner), name)
+    with pytest.raises(UnsupportedModelError) as error:
+        lp_patch.apply(model)
+    message = str(error.value)
+    assert f"LlavaForConditionalGeneration has no '{path}" in message
+    assert "LLaVA adapter" in message
+    assert f"transformers {version('transformers')}" in message
+    assert not lp_patch.is_applied(model)
+
+
+def test_missing_attention_of_one_layer(model):
+    del model.model.language_model.layers[-1].self_attn
+    with pytest.raises(UnsupportedModelError, match="has no 'self_attn' below LlamaDecoderLayer"):
+        find_parts(model)
+
+
+def test_missing_method_and_field(model, adapters):
+    llava = adapters["llava"]
+    for field in ("encode", "placeholder"):
+        adapters["llava"] = Adapter(**{**vars(llava), field: "nowhere"})
+        with pytest.raises(UnsupportedModelError, match="has no 'nowhere' below"):
+            find_parts(model)
+
+
+def test_too_few_layers():
+    with pytest.raises(UnsupportedModelError, match="needs 2 decoder layers or more, found 1"):
+        find_parts(tiny_llava(layers=1, dtype=torch.float32))
+
+
+def test_sliding_windows_are_refused(model):
+    text = model.model.language_model
+    text.config = MistralConfig(sliding_window=8)
+    with pytest.raises(UnsupportedModelError, match=r"\(mistral\) uses sliding-window attention"):
+        find_parts(model)
+    text.config = MistralConfig(sliding_window=None)
+    assert len(find_parts(model).layers) == LAYERS
+    text.config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(UnsupportedModelError, match="sliding-window"):
+        find_parts(model)
+    text.config.layer_types = ["full_attention", "full_attention"]
+    find_parts(model)
+
+
+class DistributedDataParallel(nn.Module):
+    """Of torch's name and shape, without a process group."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+class Peft(nn.Module):
+    """Of PEFT's shape."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.peft_config = {}
+        self.inner = model
+
+    def get_base_model(self):
+        return self.inner
+
+
+class Other(nn.Module):
+    """Looks like none of them, though it has a `module`."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")  # wraps; compiles at the first call
+
+
+def test_unwrap(model):
+    assert unwrap(model) is model
+    wrappers = (DistributedDataParallel, nn.DataParallel, Peft, compiled)
+    for outer in wrappers:
+        assert unwrap(outer(model)) is model
+        for inner in wrappers:
+            if outer is not compiled or inner is not compiled:  # of the two, torch makes a function
+                assert unwrap(outer(inner(model))) is model
+    assert find_parts(DistributedDataParallel(compiled(Peft(model)))).base is model.model
+
+
+def test_unwrap_stops_at_what_it_does_not_know(model):
+    other = Other(model)
+    assert unwrap(other) is other
+    with pytest.raises(UnsupportedModelError, match=r"no adapter for Other \(model type None\)"):
+        find_parts(DistributedDataParallel(other))
+
+
+def test_wrapper_around_no_module():
+    broken = DistributedDataParallel(nn.Identity())
+    broken._modules["module"] = None
+    with pytest.raises(UnsupportedModelError, match=r"an nn\.Module\), got DistributedDataParallel"):
+        unwrap(broken)
+
+
+def mine(model_type="mine"):
+    return Adapter(model_type=model_type, family="Mine", width=lambda config: 8)
+
+
+def test_register(adapters, model):
+    lp_patch.register(mine())
+    assert lp_patch.supported()["mine"] == "Mine"
+    model.config.model_type = "mine"
+    assert find_parts(model).adapter.family == "Mine"
+    assert find_parts(model).width == 8
+
+
+def test_register_refuses_a_taken_type(adapters):
+    before = dict(adapters)
+    with pytest.raises(ConfigError, match=r"model type 'llava' already has an adapter \(LLaVA\)"):
+        lp_patch.register(mine("llava"))
+    lp_patch.register(mine())
+    with pytest.raises(ConfigError, match=r"model type 'mine' already has an adapter \(Mine\)"):
+        lp_patch.register(mine())
+    assert {**before, "mine": adapters["mine"]} == adapters
+
+
+@pytest.mark.parametrize("thing", [None, "llava", Adapter, {"model_type": "mine"}])
+def test_register_takes_adapters_only(adapters, thing):
+    before = dict(adapters)
+    with pytest.raises(ConfigError, match=f"register takes an lp_patch.Adapter, got {type(thing).__name__}"):
+        lp_patch.register(thing)
+    assert adapters == before
+
+
+def test_register_before_anything_was_read_still_sees_the_built_in(fresh):
+    with pytest.raises(ConfigError, match="'llava' already has an adapter"):
+        lp_patch.register(mine("llava"))
+
+
+def test_entry_points_of_installed_packages(fresh):
+    fresh.append(Point(mine()))
+    assert lp_patch.supported() == {"llava": "LLaVA", "mine": "Mine"}
+
+
+@pytest.mark.parametrize(
+    ("found", "match"),
+    [
+        ("no adapter", "entry point of the group 'lp_patch.adapters' must name an Adapter, got 'no adapter'"),
+        (mine("llava"), "two adapters for the model type 'llava'"),
+    ],
+)
+def test_bad_entry_point_says_so_each_time(fresh, found, match):
+    fresh.append(Point(found))
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=match):
+            lp_patch.supported()
+    fresh.clear()
+    assert lp_patch.supported() == {"llava": "LLaVA"}
