@@ -93,14 +93,16 @@ def _load_adapters() -> None:
         return
     found = [import_module(f"lp_patch.adapters.{name}").ADAPTER for name in BUILT_IN]
     found += [point.load() for point in entry_points(group=ENTRY_POINT_GROUP)]
+    loaded: dict[str, Adapter] = {}
     for adapter in found:
         if not isinstance(adapter, Adapter):
             raise ConfigError(
                 f"an entry point of the group {ENTRY_POINT_GROUP!r} must name an Adapter, got {adapter!r}"
             )
-        if adapter.model_type in _adapters:
+        if adapter.model_type in loaded:
             raise ConfigError(f"two adapters for the model type {adapter.model_type!r}")
-        _adapters[adapter.model_type] = adapter
+        loaded[adapter.model_type] = adapter
+    _adapters.update(loaded)  # all or none: a second try must meet the same error, not half of the adapters
     _loaded = True
 
 
