@@ -7,9 +7,11 @@ that the shared config names at that moment.
 
 import sys
 from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
 from typing import Any
 
-import wrapt
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -21,32 +23,35 @@ TAP_NAME = "lp_patch_tap"
 Observer = Callable[[Tensor, Tensor, float], None]
 
 
-class TappedConfig(wrapt.BaseObjectProxy):
-    """A live view of a config, in which `_attn_implementation` names the tap."""
+class TappedConfig:
+    """A live view of a config, in which `_attn_implementation` names the tap.
+
+    Plain Python on purpose: dynamo reads through C-level proxies without noticing what they override.
+    """
+
+    _attn_implementation = TAP_NAME
 
     def __init__(self, config: Any, observer: Observer) -> None:
-        super().__init__(config)
-        self._self_observer = observer
+        self._tapped = config
+        self._observer = observer
 
-    @property
-    def _attn_implementation(self) -> str:
-        return TAP_NAME
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tapped, name)
 
     def __deepcopy__(self, memo: dict) -> "TappedConfig":
-        from copy import deepcopy
+        return TappedConfig(deepcopy(self._tapped, memo), deepcopy(self._observer, memo))
 
-        return TappedConfig(deepcopy(self.__wrapped__, memo), deepcopy(self._self_observer, memo))
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return TappedConfig, (self.__wrapped__, self._self_observer)
+    def __reduce__(self) -> tuple:
+        return TappedConfig, (self._tapped, self._observer)
 
 
+@torch.compiler.disable
 def _tapped_attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The registered attention function: show query (B, H, Q, D) and key (B, KV, K, D), then call the real one."""
     config = module.config
     scaling = kwargs.get("scaling")
-    config._self_observer(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    implementation = config.__wrapped__._attn_implementation
+    config._observer(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    implementation = config._tapped._attn_implementation
     return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_attention(module))(
         module, query, key, *args, **kwargs
     )
@@ -71,4 +76,8 @@ def install_tap(attention: Any, observer: Observer) -> Callable[[], None]:
     """Show `observer` every (query, key, scaling) of this module; returns what undoes it."""
     AttentionInterface.register(TAP_NAME, _tapped_attention)
     attention.config = TappedConfig(attention.config, observer)
-    return lambda: setattr(attention, "config", attention.config.__wrapped__)
+    return partial(_remove_tap, attention)
+
+
+def _remove_tap(attention: Any) -> None:
+    attention.config = attention.config._tapped

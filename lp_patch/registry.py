@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points, version
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -115,7 +115,7 @@ def unwrap(model: object) -> Any:
         elif type(inner).__name__ in ("DistributedDataParallel", "DataParallel"):
             inner = inner.module
         elif hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
-            inner = inner.get_base_model()
+            inner = cast(Any, inner).get_base_model()
         else:
             return inner
     raise UnsupportedModelError(

@@ -24,35 +24,44 @@ def farthest_points(features: Tensor, seeds: Tensor, count: int) -> Tensor:
     if count == 0:
         return seeds
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    batch, n_tokens, _ = unit.shape
+    # all similarities at once where they fit: a step is then three small kernels instead of a pass over the features
+    table = torch.bmm(unit, unit.transpose(1, 2)) if batch * n_tokens**2 <= _CHUNK_ELEMENTS else None
+    rows = max(1, _CHUNK_ELEMENTS // (batch * n_tokens))
+
+    def similarity_to(picks: Tensor) -> Tensor:
+        """(B, N, S) similarity of every token to the picked ones (B, S)."""
+        return (
+            torch.bmm(unit, take(unit, picks).transpose(1, 2)) if table is None else take(table, picks).transpose(1, 2)
+        )
+
     chosen = list(seeds.unbind(1))
     if chosen:
-        nearest = _largest_similarity(unit, take(unit, seeds))
-        nearest.scatter_(1, seeds, torch.inf)
+        parts = [similarity_to(part).amax(dim=2) for part in seeds.split(rows, dim=1)]
+        nearest = torch.stack(parts).amax(dim=0)
     else:
-        nearest = _largest_similarity(unit, unit, exclude_self=True)
+        pick = _isolated(unit, table, rows)
+        chosen.append(pick.squeeze(1))
+        nearest = similarity_to(pick).squeeze(2)
+        seeds, count = pick, count - 1
+    nearest = nearest.scatter(1, seeds, torch.inf)
     for step in range(count):
         pick = nearest.argmin(dim=1, keepdim=True)
         chosen.append(pick.squeeze(1))
-        if step + 1 == count:
-            break
-        similarity = torch.bmm(unit, take(unit, pick).transpose(1, 2)).squeeze(2)
-        # without seeds the first pick came from distances to all others: from now on only the set counts
-        nearest = similarity if len(chosen) == 1 else torch.maximum(nearest, similarity)
-        nearest.scatter_(1, pick, torch.inf)
+        if step + 1 < count:
+            nearest = torch.maximum(nearest, similarity_to(pick).squeeze(2)).scatter_(1, pick, torch.inf)
     return torch.stack(chosen, dim=1)
 
 
-def _largest_similarity(unit: Tensor, others: Tensor, exclude_self: bool = False) -> Tensor:
-    """Largest cosine of each row of `unit` (B, N, C) to any row of `others` (B, M, C): (B, N), in blocks."""
-    batch, n_tokens, _ = unit.shape
-    rows = max(1, _CHUNK_ELEMENTS // max(1, batch * others.shape[1]))
-    parts = []
-    for start in range(0, n_tokens, rows):
-        block = torch.bmm(unit[:, start : start + rows], others.transpose(1, 2))
-        if exclude_self:
-            block.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
-        parts.append(block.amax(dim=2))
-    return torch.cat(parts, dim=1)
+def _isolated(unit: Tensor, table: Tensor | None, rows: int) -> Tensor:
+    """The token whose most similar other is least similar, `rows` at a time: unit (B, N, C), table or None -> (B, 1)."""
+    largest = []
+    for start in range(0, unit.shape[1], rows):
+        part = slice(start, start + rows)
+        block = torch.bmm(unit[:, part], unit.transpose(1, 2)) if table is None else table[:, part].clone()
+        block.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
+        largest.append(block.amax(dim=2))
+    return torch.cat(largest, dim=1).argmin(dim=1, keepdim=True)
 
 
 def top_indices(scores: Tensor, count: int) -> Tensor:

@@ -15,7 +15,8 @@ One forward, in order of the hooks:
     before_layer             layer k + 1: cuts again; later layers get the shorter mask and positions
     after_language_model     gives outputs their input's length back, and tells the cache what was dropped
 
-Everything that a forward decides lives in a `Run`, one per thread, made anew when the forward starts.
+Everything that a forward decides lives in a `Run`, one per thread, made anew when the forward starts. dynamo does not
+look into the hooks: it would trace the run's state once and for all, and silently.
 """
 
 import threading
@@ -203,6 +204,7 @@ class Surgery:
 
     # ------------------------------------------------------------------ stage 1
 
+    @torch.compiler.disable
     def around_encode(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         """Wraps the method that encodes images: only inside it does the projector prune."""
         run = self.local.run
@@ -225,6 +227,7 @@ class Surgery:
             weight = query.new_ones((query.shape[0], 1))
             encoding.cls_attention = received_attention(query[:, :, :1], key, weight, scaling, causal=False)[:, 1:]
 
+    @torch.compiler.disable
     def before_projector(self, module: nn.Module, args: tuple) -> tuple | None:
         """Stage 1: (B, N, C) encoder features -> (B, R1, C)."""
         encoding = self.local.run.encoding
@@ -239,6 +242,7 @@ class Surgery:
         encoding.index, encoding.present = index, features.shape[1]
         return (take(features, index), *args[1:])
 
+    @torch.compiler.disable
     def after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """(B, R1, D) projected survivors -> (B, N, D), removed rows marked."""
         encoding = self.local.run.encoding
@@ -263,6 +267,7 @@ class Surgery:
 
     # ------------------------------------------------------------------ the merging module
 
+    @torch.compiler.disable
     def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward starts: forget the last one, find the placeholders, look at features from outside."""
         run = self.local.run = Run()
@@ -322,6 +327,7 @@ class Surgery:
                 setattr(result[i], _SCORES, None if scores is None else scores.squeeze(0))
         return torch.stack(result) if isinstance(features, Tensor) else result
 
+    @torch.compiler.disable
     def after_base(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """No mark leaves the model: `image_hidden_states` lists the survivors."""
         states = getattr(output, "image_hidden_states", None)
@@ -330,6 +336,7 @@ class Surgery:
 
     # ------------------------------------------------------------------ the language model
 
+    @torch.compiler.disable
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Cut removed rows out, or translate the mask of a later step to what the cache holds."""
         run = self.local.run
@@ -366,8 +373,9 @@ class Surgery:
         embeds, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
         batch, length = embeds.shape[:2]
         visual = visual.to(embeds.device)
-        flat = isinstance(mask, Tensor) and mask.dim() == 2
-        real = mask[:, -length:].bool().to(embeds.device) if flat else torch.ones_like(visual)
+        real = torch.ones_like(visual)
+        if isinstance(mask, Tensor) and mask.dim() == 2:
+            real = mask[:, -length:].bool().to(embeds.device)
         visual = visual & real
         removed = visual & _is_removed(embeds)
         keep = real & ~removed
@@ -470,6 +478,7 @@ class Surgery:
         run.stages.append(stage)
         return stage
 
+    @torch.compiler.disable
     def before_rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """True positions for the rotary embedding."""
         ids = self.local.run.rotary_ids
@@ -497,6 +506,7 @@ class Surgery:
             )
         run.text_scores = received[:, key.shape[2] - query.shape[2] :]
 
+    @torch.compiler.disable
     def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Give decoder layer `index` (from 0) the tokens, mask and positions of its stage."""
         run = self.local.run
@@ -546,6 +556,7 @@ class Surgery:
             rows = zip(plan.kept, plan.survivors, plan.stage2, plan.wiped, strict=True)
             yield keep, [k - s + (0 if w else r) for k, s, r, w in rows]
 
+    @torch.compiler.disable
     def after_language_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Outputs of the input's length; a cache that knows what it was not given."""
         run = self.local.run
