@@ -1,0 +1,649 @@
+"""Speed and memory of a patched LLaVA against the unpatched one: random weights in real shapes, no downloads.
+
+``python examples/benchmark.py`` measures unpatched and patched in turn (A B A B ...) in one process and writes one CSV
+row per setting and metric. The plot is made from the CSV alone (``--plot FILE.csv`` redraws it).
+
+What the columns mean
+    unpatched, patched   medians: seconds, seconds per token (decode), or bytes
+    ratio                median of unpatched/patched over adjacent pairs; for the stages that only the patch has
+                         (selection, scoring) their time over the unpatched prefill of the same pair
+    limit                arithmetic of the unpatched phase over that of the patched one, counted on the shapes that the
+                         modules really saw: linear layers, convolutions and both attention products (causal: half)
+    share_of_limit       ratio / limit
+
+The prefill is one forward over the whole prompt, images included, with the logits of the last position, as `generate`
+asks for. Selection is all of stage 1 (scores, choice), scoring all of stage 2. Peak memory is that of one prefill: on a
+CPU the peak resident set of a fresh process, weights included; "working" is what the prefill adds to them.
+"""
+
+import argparse
+import csv
+import datetime
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import matplotlib
+import torch
+import transformers
+from torch import nn
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import lp_patch
+from lp_patch.surgery import Surgery
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PER_IMAGE = 576  # 336-pixel images in patches of 14
+TEXT = (36, 24)  # text tokens before and after the images: LLaVA-1.5's system prompt and a short question
+VOCABULARY, IMAGE_TOKEN = 32064, 32000
+
+# (width, MLP width, layers, heads) of the vision tower and of the language model
+SIZES = {
+    "tiny": ((64, 128, 3, 2), (64, 128, 4, 2)),
+    # the paper's 32 layers, and the tower's share of the arithmetic in LLaVA-1.5-7B (4 %), at a width for two cores
+    "small": ((768, 3072, 4, 12), (1280, 3456, 32, 10)),
+    "7b": ((1024, 4096, 24, 16), (4096, 11008, 32, 32)),
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One comparison: `images` in one prompt, a budget of `tokens` for each of them, `pairs` of measurements."""
+
+    tokens: int
+    images: int = 1
+    batch: int = 1
+    scorer: str = "diversity"
+    pairs: int = 7
+
+    @property
+    def full_budget(self) -> bool:
+        """Whether the patch has nothing to prune."""
+        return self.tokens >= PER_IMAGE
+
+
+SETTINGS = [
+    *(Setting(tokens) for tokens in (192, 128, 64, 32)),
+    *(Setting(tokens, scorer="learned") for tokens in (64, 32)),
+    *(Setting(tokens, images=5, pairs=3) for tokens in (128, 64)),
+    Setting(32, images=5, pairs=5),
+    *(Setting(tokens, batch=4, pairs=3) for tokens in (64, 32)),
+    Setting(PER_IMAGE, pairs=30),
+]
+QUICK_SETTINGS = [
+    Setting(64, pairs=2),
+    Setting(32, scorer="learned", pairs=2),
+    Setting(32, images=5, pairs=2),
+    Setting(64, batch=4, pairs=2),
+    Setting(PER_IMAGE, pairs=2),
+]
+
+
+# ------------------------------------------------------------------ model and inputs
+
+
+def build(size: str, device: str, dtype: torch.dtype) -> LlavaForConditionalGeneration:
+    """A LLaVA of the given shapes with random weights."""
+    vision, text = SIZES[size]
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            **dict(zip(names, vision, strict=True)), image_size=336, patch_size=14, projection_dim=vision[0]
+        ),
+        text_config=LlamaConfig(
+            **dict(zip(names, text, strict=True)), vocab_size=VOCABULARY, max_position_embeddings=4096
+        ),
+        image_token_id=IMAGE_TOKEN,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            model = LlavaForConditionalGeneration(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    # random weights must not end a generation early
+    model.generation_config.update(eos_token_id=None, pad_token_id=0)
+    return model
+
+
+def make_inputs(model: LlavaForConditionalGeneration, setting: Setting) -> dict[str, torch.Tensor]:
+    """A batch of prompts, text - images - text, with noise for pixels."""
+    generator = torch.Generator().manual_seed(0)
+    before, after = (torch.randint(3, 30000, (setting.batch, n), generator=generator) for n in TEXT)
+    ids = torch.cat([before, torch.full((setting.batch, setting.images * PER_IMAGE), IMAGE_TOKEN), after], dim=1)
+    pixels = torch.randn(setting.batch * setting.images, 3, 336, 336, generator=generator)
+    return {
+        "input_ids": ids.to(model.device),
+        "attention_mask": torch.ones_like(ids).to(model.device),
+        "pixel_values": pixels.to(model.device, model.dtype),
+    }
+
+
+def pruning(model: LlavaForConditionalGeneration, setting: Setting) -> Any:
+    """The patch of a setting, as a context."""
+    if setting.scorer != "learned":
+        return lp_patch.applied(model, tokens=setting.tokens, scorer=setting.scorer)
+    torch.manual_seed(0)
+    pruner = lp_patch.LearnablePruner(model.config.vision_config.hidden_size).to(model.device, model.dtype)
+    return lp_patch.applied(model, tokens=setting.tokens, pruner=pruner)
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes that the tensors of a KV cache really occupy."""
+    return sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
+
+
+# ------------------------------------------------------------------ clocks
+
+
+class Clock:
+    """Nested named spans; a span's time is without that of the spans inside it. On a GPU by events, without waiting."""
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device.startswith("cuda")
+        self.open: list[int] = []
+        self.spans: list[list] = []  # name, start, end, parent
+
+    def now(self) -> float:
+        """Wall-clock seconds after all work was done."""
+        if self.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) / 1e3 if self.cuda else end - start
+
+    def start(self, name: str) -> None:
+        """Open a span."""
+        self.spans.append([name, self._mark(), None, self.open[-1] if self.open else None])
+        self.open.append(len(self.spans) - 1)
+
+    def stop(self) -> None:
+        """Close the innermost open span."""
+        self.spans[self.open.pop()][2] = self._mark()
+
+    def read(self) -> dict[str, float]:
+        """Seconds of all spans by name, and begin anew."""
+        self.now()
+        times: dict[str, float] = defaultdict(float)
+        for name, start, end, parent in self.spans:
+            seconds = self._seconds(start, end)
+            times[name] += seconds
+            if parent is not None:
+                times[self.spans[parent][0]] -= seconds
+        self.spans = []
+        return times
+
+    def time_module(self, module: nn.Module, name: str) -> None:
+        """Give a module's forward a span of its own, for good."""
+        module.register_forward_pre_hook(lambda *_: self.start(name))
+        module.register_forward_hook(lambda *_: self.stop())
+
+    @contextmanager
+    def time_methods(self, owner: type, names: dict[str, str]) -> Iterator[None]:
+        """Give methods of a class, {method: span}, spans of their own."""
+
+        def timed(method: Callable, name: str) -> Callable:
+            def call(*args: Any, **kwargs: Any) -> Any:
+                self.start(name)
+                try:
+                    return method(*args, **kwargs)
+                finally:
+                    self.stop()
+
+            return call
+
+        with ExitStack() as stack:
+            for method, name in names.items():
+                stack.enter_context(mock.patch.object(owner, method, timed(getattr(owner, method), name)))
+            yield
+
+
+# ------------------------------------------------------------------ arithmetic
+
+
+def parts(model: LlavaForConditionalGeneration) -> dict[str, list[nn.Module]]:
+    """The modules that compute, by the name under which a profile lists them."""
+    layers = list(model.model.language_model.layers)
+    k = round(0.375 * len(layers))  # the paper's 12 of 32
+    return {
+        "vision_tower": [model.model.vision_tower],
+        "projector": [model.model.multi_modal_projector],
+        f"decoder layers 1-{k}": layers[:k],
+        f"decoder layers {k + 1}-{len(layers)}": layers[k:],
+        "lm_head": [model.lm_head],
+    }
+
+
+@contextmanager
+def counted_flops(model: LlavaForConditionalGeneration) -> Iterator[dict[str, float]]:
+    """Floating-point operations of everything that runs inside, by part; 2 per multiply-add.
+
+    Read off the tensors that the modules see, so that it knows nothing of budgets: each linear layer and convolution
+    for the positions that it computed, each attention for the query-key pairs that exist under its mask.
+    """
+    flops: dict[str, float] = defaultdict(float)
+
+    def linear(part: str, module: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        channels = output.shape[-1] if isinstance(module, nn.Linear) else output.shape[1]
+        flops[part] += 2.0 * module.weight.numel() * (output.numel() // channels)
+
+    def attention(part: str, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
+        hidden = kwargs.get("hidden_states", args[0] if args else None)
+        batch, queries = hidden.shape[:2]
+        cache = kwargs.get("past_key_values")
+        keys = queries if cache is None else cache.layers[module.layer_idx].keys.shape[2]
+        pairs = queries * keys - (queries * (queries - 1) // 2 if module.is_causal else 0)
+        flops[part] += 4.0 * batch * module.q_proj.out_features * pairs
+
+    handles = []
+    for part, roots in parts(model).items():
+        for root in roots:
+            for module in root.modules():
+                if isinstance(module, (nn.Linear, nn.Conv2d)):
+                    handles.append(module.register_forward_hook(partial(linear, part)))
+                elif hasattr(module, "q_proj"):
+                    handles.append(module.register_forward_hook(partial(attention, part), with_kwargs=True))
+    try:
+        yield flops
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ------------------------------------------------------------------ measuring
+
+
+@torch.inference_mode()
+def prefill(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> Any:
+    """One forward over the prompt; the output carries the cache."""
+    return model(**inputs, use_cache=True, logits_to_keep=1)
+
+
+@torch.inference_mode()
+def decode(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], output: Any, steps: int) -> None:
+    """Greedy steps after a prefill."""
+    mask = inputs["attention_mask"]
+    for _ in range(steps):
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+        output = model(
+            input_ids=output.logits[:, -1:].argmax(dim=-1),
+            attention_mask=mask,
+            past_key_values=output.past_key_values,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+
+
+def measure(
+    model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], clock: Clock, new: int, generate: bool
+) -> dict[str, float]:
+    """One measurement of one variant: `new` tokens, the first of which comes from the prefill."""
+    clock.read()
+    start = clock.now()
+    output = prefill(model, inputs)
+    filled = clock.now()
+    times = dict(clock.read())
+    times["kv_cache"] = cache_bytes(output.past_key_values)
+    begin = clock.now()
+    decode(model, inputs, output, new - 1)
+    times |= {"prefill": filled - start, "decode": (clock.now() - begin) / (new - 1)}
+    del output
+    if generate:
+        start = clock.now()
+        model.generate(**inputs, max_new_tokens=new, do_sample=False)
+        times["generate"] = clock.now() - start
+    return times
+
+
+def count(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor], new: int) -> dict[str, float]:
+    """FLOPs by metric, and bytes of the cache by shape; also the warm-up of what is measured."""
+    with counted_flops(model) as flops:
+        output = prefill(model, inputs)
+        first = dict(flops)
+        decode(model, inputs, output, new - 1)
+    total = sum(flops.values())
+    return {
+        "vision_tower": first["vision_tower"],
+        "prefill": sum(first.values()),
+        "decode": (total - sum(first.values())) / (new - 1),
+        "generate": total,
+    }
+
+
+def compare(model: LlavaForConditionalGeneration, setting: Setting, clock: Clock, new: int) -> list[dict]:
+    """All timed metrics of one setting, as rows."""
+    inputs = make_inputs(model, setting)
+    variants: list[Callable[[], Any]] = [nullcontext, lambda: pruning(model, setting)]
+    flops = []
+    for variant in variants:
+        with variant():
+            flops.append(count(model, inputs, new))
+            measure(model, inputs, clock, 2, not setting.full_budget)
+    pairs: list[list[dict[str, float]]] = []
+    for _ in range(setting.pairs):
+        pair = []
+        for variant in variants:
+            with variant():
+                pair.append(measure(model, inputs, clock, new, not setting.full_budget))
+        pairs.append(pair)
+
+    rows = []
+    for metric in ("vision_tower", "prefill", "decode", "generate", "kv_cache"):
+        if metric in pairs[0][0]:
+            before, after = ([pair[i][metric] for pair in pairs] for i in (0, 1))
+            limit = flops[0][metric] / flops[1][metric] if metric in flops[0] else None
+            rows.append(row(metric, before, after, [a / b for a, b in zip(before, after, strict=True)], limit))
+    if not setting.full_budget:
+        whole = [pair[0]["prefill"] for pair in pairs]
+        stages = {"selection": ("selection",), "scoring": ("scoring",), "both_stages": ("selection", "scoring")}
+        for metric, names in stages.items():
+            spent = [sum(pair[1][name] for name in names) for pair in pairs]
+            rows.append(row(metric, [], spent, [a / b for a, b in zip(spent, whole, strict=True)], None))
+    return rows
+
+
+def row(metric: str, before: list[float], after: list[float], ratios: list[float], limit: float | None) -> dict:
+    """Quartiles of one metric."""
+    ratio = statistics.median(ratios)
+    first, _, third = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else [ratio] * 3
+    return {
+        "metric": metric,
+        "unpatched": f"{statistics.median(before):.6g}" if before else "",
+        "patched": f"{statistics.median(after):.6g}",
+        "ratio": f"{ratio:.4f}",
+        "ratio_q1": f"{first:.4f}",
+        "ratio_q3": f"{third:.4f}",
+        "limit": "" if limit is None else f"{limit:.4f}",
+        "share_of_limit": "" if limit is None else f"{ratio / limit:.4f}",
+        "pairs": len(ratios),
+    }
+
+
+# ------------------------------------------------------------------ memory
+
+
+def peak_memory(model: LlavaForConditionalGeneration, setting: Setting, patched: bool) -> dict[str, int]:
+    """Bytes at the peak of one prefill, and what of them it added; on a CPU for a process that does nothing else."""
+    inputs = make_inputs(model, setting)
+    with pruning(model, setting) if patched else nullcontext():
+        if model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            prefill(model, inputs)
+            peak = torch.cuda.max_memory_allocated()
+        else:
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+            before = _status_bytes("VmRSS")
+            prefill(model, inputs)
+            peak = _status_bytes("VmHWM")
+    return {"peak_memory": peak, "working_memory": peak - before}
+
+
+def _status_bytes(name: str) -> int:
+    status = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in status if line.startswith(f"{name}:"))
+
+
+def compare_memory(measure_one: Callable[[Setting, bool], dict[str, int]], setting: Setting) -> list[dict]:
+    """Memory of one setting, as rows."""
+    before, after = measure_one(setting, False), measure_one(setting, True)
+    return [row(name, [before[name]], [after[name]], [before[name] / after[name]], None) for name in before]
+
+
+def in_fresh_process(size: str, dtype: str, known: dict, setting: Setting, patched: bool) -> dict[str, int]:
+    """`peak_memory` on the CPU in a process of its own. Unpatched, it depends on the prompt alone: asked once."""
+    key = (setting.images, setting.batch) if not patched else setting
+    if key not in known:
+        ask = ["--memory-of", json.dumps({**asdict(setting), "patched": patched}), "--size", size, "--dtype", dtype]
+        done = subprocess.run([sys.executable, __file__, *ask], stdout=subprocess.PIPE, text=True, check=True)
+        known[key] = json.loads(done.stdout.splitlines()[-1])
+    return known[key]
+
+
+# ------------------------------------------------------------------ where the time goes
+
+
+def profile(model: LlavaForConditionalGeneration, setting: Setting, clock: Clock) -> list[dict]:
+    """The prefill's parts, one row each: time, saving in arithmetic, and what the part keeps from the limit.
+
+    "at_limit" is the unpatched time divided by the saving of that part; "lost" is what the patched one took beyond it.
+    """
+    inputs = make_inputs(model, setting)
+    variants: list[Callable[[], Any]] = [nullcontext, lambda: pruning(model, setting)]
+    hooks = [name for name in vars(Surgery) if name.startswith(("before_", "after_", "around_"))]
+    counts: list[dict[str, float]] = []
+    samples: list[list[dict[str, float]]] = [[], []]
+    with clock.time_methods(Surgery, {name: f"patch, {name}" for name in hooks}):
+        for variant in variants:
+            with variant(), counted_flops(model) as flops:
+                prefill(model, inputs)
+            counts.append(dict(flops))
+        for _ in range(setting.pairs):
+            for variant, found in zip(variants, samples, strict=True):
+                with variant():
+                    clock.read()
+                    clock.start("everything else")
+                    prefill(model, inputs)
+                    clock.stop()
+                    found.append(clock.read())
+    before, after = ({name: statistics.median(x[name] for x in found) for name in found[0]} for found in samples)
+    rows = []
+    for part in [*counts[0], *sorted((before.keys() | after.keys()) - counts[0].keys())]:
+        saving = counts[0][part] / counts[1][part] if part in counts[0] else 1.0
+        unpatched, patched = before.get(part, 0.0), after.get(part, 0.0)
+        rows.append(
+            {
+                "metric": part,
+                "unpatched": f"{unpatched:.6g}",
+                "patched": f"{patched:.6g}",
+                "limit": f"{saving:.4f}",
+                "at_limit": f"{unpatched / saving:.6g}",
+                "lost": f"{patched - unpatched / saving:.6g}",
+                "pairs": setting.pairs,
+            }
+        )
+    return rows
+
+
+# ------------------------------------------------------------------ files
+
+
+def describe(setting: Setting, options: argparse.Namespace) -> dict:
+    """The columns that say what was measured, where and when."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(options.device),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lp_patch": lp_patch.__version__,
+        "threads": torch.get_num_threads(),
+        "size": options.size,
+        "dtype": options.dtype,
+        "images": setting.images,
+        "batch": setting.batch,
+        "visual_tokens": PER_IMAGE * setting.images,
+        "budget": setting.tokens * setting.images,
+        "scorer": setting.scorer,
+    }
+
+
+def device_name(device: str) -> str:
+    """What the user would call the machine."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    """Write the rows as CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(path: Path) -> None:
+    """Speed-up against the budget, from the CSV alone, into a PNG beside it."""
+    with path.open(newline="") as file:
+        rows = [x for x in csv.DictReader(file) if int(x["budget"]) < int(x["visual_tokens"])]
+    # Okabe and Ito's colour-blind-safe palette; markers tell the series apart in print
+    styles = iter([("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#56b4e9", "v")])
+    series: dict[tuple, list[dict]] = {}
+    for x in rows:
+        series.setdefault((int(x["visual_tokens"]), int(x["batch"]), x["scorer"]), []).append(x)
+    plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
+    figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.1), sharey=True, layout="constrained")
+    for (visual, batch, scorer), found in series.items():
+        colour, marker = next(styles)
+        for axes, metric in zip(panels, ("prefill", "generate"), strict=True):
+            points = sorted((x for x in found if x["metric"] == metric), key=lambda x: int(x["budget"]))
+            share = [100 * int(x["budget"]) / visual for x in points]
+            middle, low, high, limit = (
+                [float(x[n]) for x in points] for n in ("ratio", "ratio_q1", "ratio_q3", "limit")
+            )
+            label = f"{visual:,} tokens, batch {batch}, {scorer}"
+            axes.plot(share, limit, color=colour, linewidth=1, linestyle=(0, (4, 2)), alpha=0.8)
+            bars = [
+                [m - x for m, x in zip(middle, low, strict=True)],
+                [x - m for m, x in zip(middle, high, strict=True)],
+            ]
+            axes.errorbar(
+                share,
+                middle,
+                yerr=bars,
+                color=colour,
+                marker=marker,
+                markersize=4,
+                linewidth=0,
+                elinewidth=1,
+                label=label,
+            )
+    for axes, title in zip(panels, ("Prefill", "Whole generation"), strict=True):
+        axes.set_title(title, loc="left", weight="bold")
+        axes.set_xscale("log")
+        ticks = sorted({100 * int(x["budget"]) / int(x["visual_tokens"]) for x in rows})
+        axes.set_xticks(ticks, [f"{tick:.1f}" for tick in ticks])
+        axes.minorticks_off()
+        axes.set_xlabel("visual tokens kept, average over the layers (%)")
+        axes.axhline(1, color="#b0b0b0", linewidth=0.8, zorder=0)
+        axes.grid(axis="y", color="#ececec", linewidth=0.6)
+        axes.set_axisbelow(True)
+    panels[0].set_ylabel("speed-up over the unpatched model")
+    panels[0].set_ylim(bottom=0)
+    panels[1].plot([], [], color="#6b6b6b", linewidth=1, linestyle=(0, (4, 2)), label="limit: saving in arithmetic")
+    panels[1].legend(loc="upper right")
+    figure.savefig(path.with_suffix(".png"), dpi=300)
+    plt.close(figure)
+
+
+def faster_dtype(device: str) -> str:
+    """bfloat16 on a GPU; on a CPU what multiplies matrices faster, which depends on its instructions."""
+    if device.startswith("cuda"):
+        return "bfloat16"
+    times = {}
+    for name in ("float32", "bfloat16"):
+        x, weight = (
+            torch.ones(640, 1024, dtype=getattr(torch, name)),
+            torch.ones(1024, 1024, dtype=getattr(torch, name)),
+        )
+        found = []
+        for _ in range(10):
+            start = time.perf_counter()
+            x @ weight
+            found.append(time.perf_counter() - start)
+        times[name] = min(found)
+    return min(times, key=times.__getitem__)
+
+
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="small")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), help="default: the faster one")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes, few settings: seconds, numbers of no interest"
+    )
+    parser.add_argument("--profile", action="store_true", help="instead: where the prefill's time goes, part by part")
+    parser.add_argument("--output", type=Path, help="CSV file; the plot goes beside it")
+    parser.add_argument("--plot", type=Path, metavar="CSV", help="only draw the plot of an existing file again")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.plot:
+        plot(options.plot)
+        return
+    if options.quick:
+        options.size = "tiny"
+    options.dtype = options.dtype or faster_dtype(options.device)
+    dtype = getattr(torch, options.dtype)
+    if options.memory_of:
+        asked = json.loads(options.memory_of)
+        patched = asked.pop("patched")
+        print(json.dumps(peak_memory(build(options.size, "cpu", dtype), Setting(**asked), patched)))
+        return
+
+    stem = "profile" if options.profile else "benchmark"
+    output = options.output or RESULTS / f"{stem}_{options.device.split(':')[0]}.csv"
+    settings = QUICK_SETTINGS if options.quick else SETTINGS
+    model = build(options.size, options.device, dtype)
+    if options.device == "cpu":
+        memory_of = partial(in_fresh_process, options.size, options.dtype, {})
+    else:
+        memory_of = partial(peak_memory, model)
+    clock = Clock(options.device)
+    clock.time_module(model.model.vision_tower, "vision_tower")
+    if options.profile:
+        for name, modules in list(parts(model).items())[1:]:
+            for module in modules:
+                clock.time_module(module, name)
+    rows: list[dict] = []
+    with clock.time_methods(Surgery, {"_stage1": "selection", "observe_text": "scoring"}):
+        for setting in settings:
+            if options.profile:
+                found = profile(model, setting, clock)
+            else:
+                found = compare(model, setting, clock, 4 if options.quick else 16)
+                # the weights dominate it: one budget for each prompt shows what there is to see
+                if setting.tokens == 32 and setting.scorer == "diversity":
+                    found += compare_memory(memory_of, setting)
+            about = describe(setting, options)
+            print("\n" + ", ".join(f"{name} {about[name]}" for name in ("visual_tokens", "budget", "batch", "scorer")))
+            for x in found:
+                print("  " + "  ".join(f"{name} {value}" for name, value in x.items() if value != ""), flush=True)
+            rows += [{**about, **x} for x in found]
+    write(output, rows)
+    print(f"\nwrote {output}")
+    if not options.profile:
+        plot(output)
+        print(f"wrote {output.with_suffix('.png')}")
+
+
+if __name__ == "__main__":
+    main()
