@@ -30,4 +30,10 @@ def _cls_attention(base: nn.Module) -> nn.Module:
     return tower.encoder.layers[layer - 1 if layer > 0 else layer].self_attn
 
 
-ADAPTER = Adapter(model_type="llava", family="LLaVA", width=_width, cls_attention=_cls_attention)
+ADAPTER = Adapter(
+    model_type="llava",
+    family="LLaVA",
+    projector="multi_modal_projector",
+    width=_width,
+    cls_attention=_cls_attention,
+)

@@ -82,9 +82,11 @@ class Patch:
     def _install(self) -> None:
         surgery, parts = self._surgery, self._parts
         try:
-            self._wrap(parts.base, parts.adapter.encode, surgery.around_encode)
-            self._hook(parts.projector.register_forward_pre_hook(surgery.before_projector))
-            self._hook(parts.projector.register_forward_hook(surgery.after_projector))
+            for modality in parts.modalities:
+                self._wrap(parts.base, modality.encode, partial(surgery.around_encode, modality.name))
+            if parts.projector is not None:
+                self._hook(parts.projector.register_forward_pre_hook(surgery.before_projector))
+                self._hook(parts.projector.register_forward_hook(surgery.after_projector))
             self._hook(parts.base.register_forward_pre_hook(surgery.before_base, with_kwargs=True))
             self._hook(parts.base.register_forward_hook(surgery.after_base, with_kwargs=True))
             model = parts.language_model

@@ -4,14 +4,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points, version
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from .errors import ConfigError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "lp_patch.adapters"
 BUILT_IN = ("llava",)
+
+
+class Modality(NamedTuple):
+    """A kind of visual input.
+
+    Attributes:
+        name: as transformers names it in `mm_encoder_outputs`.
+        encode: method of the merging module that returns its features as `pooler_output`.
+        placeholder: config field with the id of the token which a feature replaces.
+    """
+
+    name: str
+    encode: str
+    placeholder: str
+
+
+IMAGE = Modality("image", "get_image_features", "image_token_id")
+VIDEO = Modality("video", "get_video_features", "video_token_id")
 
 
 @dataclass(frozen=True)
@@ -21,43 +39,62 @@ class Adapter:
     Attributes:
         model_type: `config.model_type` of the whole model.
         family: the name that users know it by.
-        projector: module that maps encoder features (B, N, C) token by token to the language model's width.
-        encode: method of the merging module that encodes the images and calls the projector.
-        placeholder: config field that holds the id of the token which a visual feature replaces.
+        modalities: what it sees.
+        projector: module that maps encoder features (B, N, C) token by token to the language model's width; stage 1
+            prunes before it. None where none does so (mergers, tilings): stage 1 then prunes the projected features.
+        width: from the model's config, the width of the features that stage 1 reads; None: the language model's.
+        structural: (merging module, embeddings (B, S, D)) -> (B, S) bool, rows that carry no picture (line breaks of
+            a tiling): kept and not counted.
+        merge_adjacent: features that follow one another without a token between are parts of one image (tiles) or
+            video (frames), and share its budget.
+        first_cut: from the model's config, how many decoder layers must run before stage 2 may cut; None: one.
+        cls_attention: from the merging module, the attention module whose [CLS] query ranks the features; None where
+            the family has no [CLS] that ranks the projector's input one to one.
         language_model: module that runs the decoder layers and returns `last_hidden_state`.
-        layers: the decoder layers, in order, below the merging module.
+        layers: the decoder layers, in order.
         attention: path from a decoder layer to its attention module.
         rotary: module called with `position_ids` once per forward.
-        width: from the model's config, the width C of the projector's input.
-        cls_attention: from the merging module, the attention module whose [CLS] query ranks the features; None where
-            the family has no [CLS].
     """
 
     model_type: str
     family: str
-    width: Callable[[Any], int]
-    projector: str = "multi_modal_projector"
-    encode: str = "get_image_features"
-    placeholder: str = "image_token_id"
+    modalities: tuple[Modality, ...] = (IMAGE,)
+    projector: str | None = None
+    width: Callable[[Any], int] | None = None
+    structural: Callable[[Any, Tensor], Tensor] | None = None
+    merge_adjacent: bool = False
+    first_cut: Callable[[Any], int] | None = None
+    cls_attention: Callable[[Any], nn.Module] | None = None
     language_model: str = "language_model"
     layers: str = "language_model.layers"
     attention: str = "self_attn"
     rotary: str = "language_model.rotary_emb"
-    cls_attention: Callable[[nn.Module], nn.Module] | None = None
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The patch points of one live model, all found."""
+    """The patch points of one live model, all found.
+
+    `modalities` are those that this model's config has a placeholder for, with the token's id in place of its name.
+    """
 
     adapter: Adapter
     base: nn.Module
-    projector: nn.Module
+    modalities: tuple["ModalityPart", ...]
+    projector: nn.Module | None
     language_model: Any
     layers: tuple[nn.Module, ...]
     attention: tuple[Any, ...]
     rotary: nn.Module
     width: int
+    first_cut: int
+
+
+class ModalityPart(NamedTuple):
+    """A modality of a live model: its name, its encoding method, its placeholder's id."""
+
+    name: str
+    encode: str
     placeholder: int
 
 
@@ -148,7 +185,8 @@ def find_parts(model: object) -> Parts:
                 )
         return found
 
-    point(base, adapter.encode)
+    for modality in adapter.modalities:
+        point(base, modality.encode)
     layers = tuple(point(base, adapter.layers))
     language_model = point(base, adapter.language_model)
     if len(layers) < 2:
@@ -166,11 +204,14 @@ def find_parts(model: object) -> Parts:
     return Parts(
         adapter=adapter,
         base=base,
-        projector=point(base, adapter.projector),
+        modalities=tuple(
+            ModalityPart(m.name, m.encode, point(inner.config, m.placeholder)) for m in adapter.modalities
+        ),
+        projector=None if adapter.projector is None else point(base, adapter.projector),
         language_model=language_model,
         layers=layers,
         attention=tuple(point(layer, adapter.attention) for layer in layers),
         rotary=point(base, adapter.rotary),
-        width=adapter.width(inner.config),
-        placeholder=point(inner.config, adapter.placeholder),
+        width=text_config.hidden_size if adapter.width is None else adapter.width(inner.config),
+        first_cut=1 if adapter.first_cut is None else adapter.first_cut(inner.config),
     )

@@ -54,7 +54,7 @@ def farthest_points(features: Tensor, seeds: Tensor, count: int) -> Tensor:
 
 
 def _isolated(unit: Tensor, table: Tensor | None, rows: int) -> Tensor:
-    """The token whose most similar other is least similar, `rows` at a time: unit (B, N, C), table or None -> (B, 1)."""
+    """The token whose most similar other is least similar, `rows` at a time: (B, N, C) -> (B, 1)."""
     largest = []
     for start in range(0, unit.shape[1], rows):
         part = slice(start, start + rows)
@@ -124,6 +124,15 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     index = index.to(x.device)
     shaped = index.reshape(index.shape + (1,) * (x.dim() - 2)).expand(index.shape + x.shape[2:])
     return x.gather(1, shaped)
+
+
+def take_along(x: Tensor, index: Tensor, dim: int = -1) -> Tensor:
+    """Gather tokens from the right: x (..., B, N) or, with dim=-2, (..., B, N, D), by index (B, M)."""
+    index = index.to(x.device)
+    if dim == -1:
+        return x.gather(-1, index.expand(*x.shape[:-2], *index.shape))
+    x = x.expand(*x.shape[:-3], index.shape[0], *x.shape[-2:])
+    return x.gather(-2, index[..., None].expand(*x.shape[:-3], *index.shape, x.shape[-1]))
 
 
 def compact_index(keep: Tensor, length: int) -> Tensor:

@@ -7,8 +7,9 @@ One forward, in order of the hooks:
                              fills the others with -inf. That mark travels with the features wherever they go (through
                              `generate`, beams, the caller's hands), and the number of features stays what
                              transformers expects.
-    before_base              notes where the placeholders are, and which features came from outside
-    before_language_model    cuts marked rows out of the sequence, with mask and positions
+    before_base              remembers the prompt, and features that came from outside
+    before_language_model    cuts marked rows out of the sequence, with mask and positions; where a family has no
+                             projector that works token by token, and for features from outside, stage 1 happens here
     before_rotary            gives the rotary embedding the true positions; nothing else sees their gaps, which
                              transformers would take for packed sequences
     observe_text             layer k: scores for stage 2 from that layer's own queries and keys
@@ -34,12 +35,13 @@ from .budget import StageBudget, default_layer, stage_budget
 from .compat import causal_mask
 from .config import PruningConfig
 from .errors import ConfigError, UnsupportedInputError
+from .layout import Plan, VisualInput, find_inputs, make_plan
 from .pruner import LearnablePruner
 from .registry import Parts
 from .score import received_attention
-from .select import compact_index, restore_index, select_tokens, take, top_mask
+from .select import compact_index, restore_index, select_tokens, take, take_along, top_mask
 from .strategies import SCORERS, Scorer, Stage1Input, resolve_scorer, resolve_text_scorer
-from .trace import Record, Shape
+from .trace import InputScores, Record, Shape
 
 REMOVED = -torch.inf  # a feature row of this value was removed by stage 1
 _SCORES = "lp_patch_scores"  # attribute of a feature tensor: its stage-1 scores, for the trace only
@@ -81,27 +83,6 @@ class View:
     mask: Any = None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """Row-wise numbers of a prefill, on the host: no later stage needs to wait for the device.
-
-    Attributes:
-        kept: real tokens of each row after stage 1.
-        survivors: visual ones among them.
-        stage2: visual tokens that each row keeps in stage 2.
-        wiped: whether the row loses its last visual tokens at `final_wipe_layer`.
-        n_queries: the last slots among which all text queries lie.
-        tail: last tokens of the input that are text in every row.
-    """
-
-    kept: list[int]
-    survivors: list[int]
-    stage2: list[int]
-    wiped: list[bool]
-    n_queries: int
-    tail: int
-
-
 @dataclass
 class Encoding:
     """Stage 1 of the images being encoded now."""
@@ -116,13 +97,15 @@ class Encoding:
 class Run:
     """All that one forward decides.
 
-    `encoding`, `visual` and `features` lead up to the language model; the rest belongs to its forward, and is `live`
-    only where this forward prunes or its cache was pruned.
+    What stands before `live` leads up to the language model (`started`: through the merging module); the rest belongs
+    to its forward, and is `live` only where this forward prunes or its cache was pruned.
     """
 
+    started: bool = False
     encoding: Encoding | None = None
-    visual: Tensor | None = None
-    features: Sequence[Tensor] | None = None
+    ids: Tensor | None = None
+    embeds: Tensor | None = None
+    features: dict[str, list[Tensor]] = field(default_factory=dict)
     live: bool = False
     plan: Plan | None = None
     record: Record | None = None
@@ -176,6 +159,11 @@ class Surgery:
         self.last_record: Record | None = None
         self.warned: set[str] = set()
         check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
+        if layer < parts.first_cut and (config.stage_ratio > 1 or self.shape.wipe_layer is not None):
+            raise ConfigError(
+                f"{parts.adapter.family} adds visual features in its first {parts.first_cut} decoder layers: "
+                f"layer must be at least {parts.first_cut}, got {layer}"
+            )
 
     def _cls_layer(self) -> nn.Module | None:
         """The vision attention that the "cls" scorer reads."""
@@ -205,8 +193,8 @@ class Surgery:
     # ------------------------------------------------------------------ stage 1
 
     @torch.compiler.disable
-    def around_encode(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        """Wraps the method that encodes images: only inside it does the projector prune."""
+    def around_encode(self, modality: str, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        """Wraps the method that encodes images (or videos): only inside it does the projector prune."""
         run = self.local.run
         encoding = run.encoding = Encoding()
         try:
@@ -214,10 +202,11 @@ class Surgery:
         finally:
             run.encoding = None
         features = getattr(output, "pooler_output", None)
-        if isinstance(features, (list, tuple)):
-            for feature, scores in zip(features, encoding.scores, strict=True):
-                setattr(feature, _SCORES, scores)
-            run.features = features
+        if features is not None:
+            run.features[modality] = list(features)
+            if isinstance(features, (list, tuple)):
+                for feature, scores in zip(features, encoding.scores, strict=False):
+                    setattr(feature, _SCORES, scores)
         return output
 
     def observe_cls(self, query: Tensor, key: Tensor, scaling: float) -> None:
@@ -268,64 +257,22 @@ class Surgery:
     # ------------------------------------------------------------------ the merging module
 
     @torch.compiler.disable
-    def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """A forward starts: forget the last one, find the placeholders, look at features from outside."""
-        run = self.local.run = Run()
-        ids = kwargs.get("input_ids", args[0] if args else None)
-        outputs = kwargs.get("mm_encoder_outputs") or {}
-        given = outputs.get("image")
-        if given is not None:
-            features = given.pooler_output
-            pruned = self._prune_given(features)
-            if pruned is not features:
-                given = type(given)(**{**given, "pooler_output": pruned})
-                kwargs = {**kwargs, "mm_encoder_outputs": {**outputs, "image": given}}
-            run.features = list(pruned)
-        if given is not None or kwargs.get("pixel_values") is not None:
-            run.visual = self._placeholders(ids, kwargs.get("inputs_embeds"))
-        elif ids is None and _is_removed(kwargs["inputs_embeds"]).any():
-            raise UnsupportedInputError(
-                "inputs_embeds holds image features that lp_patch has pruned, already merged. Leave the placeholder "
-                "embeddings in and pass the features as mm_encoder_outputs, or encode with the patch removed"
-            )
-        return args, kwargs
+    def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward starts: forget the last one, remember the prompt and features that come encoded."""
+        run = self.local.run = Run(started=True)
+        run.ids = kwargs.get("input_ids", args[0] if args else None)
+        run.embeds = kwargs.get("inputs_embeds")
+        for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
+            if output is not None:
+                run.features[modality] = list(output.pooler_output)
 
-    def _placeholders(self, ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+    def _placeholders(self, before: Run, token: int) -> Tensor:
         """(B, S) bool: positions that a visual feature replaces."""
-        if ids is not None:
-            return ids == self.parts.placeholder
-        assert embeds is not None  # transformers refuses a call with neither
-        token = torch.tensor(self.parts.placeholder, device=embeds.device)
-        return (embeds == self.parts.language_model.get_input_embeddings()(token)).all(dim=-1)
-
-    def _prune_given(self, features: Any) -> Any:
-        """Stage 1 on features that arrive encoded; those that carry marks, or fit the budget, stay as they are."""
-        todo = [
-            i
-            for i, feature in enumerate(features)
-            if not hasattr(feature, _SCORES) and self.budget(feature.shape[0]).stage1 < feature.shape[0]
-        ]
-        if not todo:
-            return features
-        marked = torch.stack([_is_removed(features[i]).any() for i in todo]).tolist()
-        todo = [i for i, done in zip(todo, marked, strict=True) if not done]
-        if not todo:
-            return features
-        scorer = self.scorer
-        if scorer.needs_pruner or scorer.needs_cls_attention:
-            scorer = SCORERS["diversity"]
-            self._warn(
-                f'scorer="{self.scorer.name}" reads the vision encoder, but this call brings features that were '
-                'encoded without the patch: they are pruned by "diversity". Encode them with the patched model instead'
-            )
-        result = list(features)
-        for i in todo:
-            feature = features[i][None]
-            index, scores = self._stage1(feature, scorer, None)
-            if index is not None:
-                result[i] = _mark(take(feature, index), index, feature.shape[1]).squeeze(0)
-                setattr(result[i], _SCORES, None if scores is None else scores.squeeze(0))
-        return torch.stack(result) if isinstance(features, Tensor) else result
+        if before.ids is not None:
+            return before.ids == token
+        assert before.embeds is not None  # transformers refuses a call with neither
+        embed = self.parts.language_model.get_input_embeddings()
+        return (before.embeds == embed(torch.tensor(token, device=before.embeds.device))).all(dim=-1)
 
     @torch.compiler.disable
     def after_base(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
@@ -339,18 +286,22 @@ class Surgery:
     @torch.compiler.disable
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Cut removed rows out, or translate the mask of a later step to what the cache holds."""
-        run = self.local.run
-        visual, features = run.visual, run.features
-        run = self.local.run = Run()
-        cache = kwargs.get("past_key_values")
+        before, run = self.local.run, Run()
+        self.local.run = run
         embeds = kwargs.get("inputs_embeds")
-        if embeds is None or visual is None or features is None:
-            if embeds is not None and kv.seen_tokens(cache) == 0:
-                batch, length = embeds.shape[:2]
-                empty = torch.zeros(batch, length, dtype=torch.bool)
-                self._keep(Record(self.shape, empty, empty, [length] * batch, [False] * batch, [None] * batch))
-            return self._continue(run, args, kwargs)
-        return self._prefill(run, visual, features, args, kwargs)
+        if embeds is not None and before.started and before.features:
+            return self._prefill(run, before, args, kwargs)
+        if embeds is not None and kv.seen_tokens(kwargs.get("past_key_values")) == 0:
+            if (before.embeds is not None or not before.started) and _is_removed(embeds).any():
+                raise UnsupportedInputError(
+                    "inputs_embeds holds image features that lp_patch has pruned, already merged. Leave the "
+                    "placeholder embeddings in and pass the features as mm_encoder_outputs, or encode them with the "
+                    "patch removed"
+                )
+            batch, length = embeds.shape[:2]
+            empty = torch.zeros(batch, length, dtype=torch.bool)
+            self._keep(Record(self.shape, empty, empty, [length] * batch, [False] * batch, []))
+        return self._continue(run, args, kwargs)
 
     def _continue(self, run: Run, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward without new visual tokens, perhaps on a pruned cache."""
@@ -366,60 +317,107 @@ class Surgery:
             run.rotary_ids = ids - first._self_shift.to(tokens.device)
         return args, {**kwargs, "attention_mask": self._layer_0_mask(run, cache)}
 
-    def _prefill(
-        self, run: Run, visual: Tensor, features: Sequence[Tensor], args: tuple, kwargs: dict
-    ) -> tuple[tuple, dict] | None:
+    def _prefill(self, run: Run, before: Run, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward with new visual tokens."""
         embeds, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
         batch, length = embeds.shape[:2]
-        visual = visual.to(embeds.device)
-        real = torch.ones_like(visual)
+        device = embeds.device
+        real = torch.ones(batch, length, dtype=torch.bool, device=device)
         if isinstance(mask, Tensor) and mask.dim() == 2:
-            real = mask[:, -length:].bool().to(embeds.device)
-        visual = visual & real
+            real = mask[:, -length:].bool().to(device)
+        modalities = [m for m in self.parts.modalities if m.name in before.features]
+        masks = [self._placeholders(before, m.placeholder).to(device) & real for m in modalities]
+        visual = torch.stack(masks).any(dim=0)
+        structural = torch.zeros_like(visual)
+        if self.parts.adapter.structural is not None:
+            structural = visual & self.parts.adapter.structural(self.parts.base, embeds)
+            visual = visual & ~structural
         removed = visual & _is_removed(embeds)
-        keep = real & ~removed
-        weights = self.text_weights(real & ~visual, visual & ~removed) * visual.any(dim=1, keepdim=True)
-        asking = keep & ((weights > 0).cumsum(dim=1) > 0)
         # the only wait for the device in a prefill
-        tail = (keep & ~visual).flip(1).long().cumprod(dim=1)
-        kept, n_visual, n_removed, n_asking, n_tail = torch.stack(
-            [x.sum(dim=1) for x in (keep, visual, removed, asking, tail)]
-        ).tolist()
-        plan = self._make_plan(
-            [feature.shape[0] for feature in features], kept, n_visual, n_removed, max(1, *n_asking), min(n_tail)
-        )
-        text = [k - s for k, s in zip(plan.kept, plan.survivors, strict=True)]
-        scores = _row_scores(features, n_visual)
-        run.record = self._keep(Record(self.shape, visual, removed, text, plan.wiped, scores))
-        if not any(n_removed) and plan.stage2 == plan.survivors and not any(plan.wiped):
+        real_h, visual_h, structural_h, removed_h, *masks_h = torch.stack(
+            [real, visual, structural, removed, *masks]
+        ).cpu()
+        sizes = [[x.shape[:-1].numel() for x in before.features[m.name]] for m in modalities]
+        merge = self.parts.adapter.merge_adjacent
+        inputs = find_inputs(masks_h, sizes, structural_h, removed_h, merge, self.budget)
+        scores = _encoder_scores(inputs, [x for m in modalities for x in before.features[m.name]])
+        if any(x.pending for x in inputs):
+            removed = self._stage1_late(embeds, inputs, removed, scores)
+        plan = make_plan(inputs, real_h, visual_h, self.shape.wipe_layer is not None)
+        run.record = self._keep(Record(self.shape, visual, removed, plan.text, plan.wiped, scores))
+        if not any(x.survivors < x.present for x in inputs) and plan.stage2 == plan.survivors and not any(plan.wiped):
             return self._continue(run, args, kwargs)
         _check_mask(mask)
         kv.check_prunable(cache)
 
         run.live, run.plan, run.attention_mask, run.new_tokens = True, plan, mask, length
-        ids = self._position_ids(kwargs, length, embeds.device).expand(batch, -1)
+        keep = real & ~removed
+        is_text = real & ~visual & ~structural
+        weights = self.text_weights(is_text, visual & ~removed) * visual.any(dim=1, keepdim=True)
+        # weights that lie after the images: a bound from the host's copies, on which late stage 1 shows nothing yet
+        asking = self.text_weights(real_h & ~visual_h & ~structural_h, visual_h & ~removed_h) > 0
+        asking = (asking & visual_h.any(dim=1, keepdim=True)).cumsum(dim=1) > 0
+        n_queries = max(1, int((asking & real_h & ~removed_h).sum(dim=1).max()))
+        ids = self._position_ids(kwargs, length, device)
         if self.config.positions == "compact":
+            if ids.dim() > 2:
+                raise UnsupportedInputError(
+                    f'positions="compact" has no meaning for the {ids.shape[0]} axes of position ids of '
+                    f'{self.parts.adapter.family}: use positions="original"'
+                )
             first = kv.pruned_layer(cache, 0)
-            before = 0 if first is None or first._self_shift is None else first._self_shift.to(ids.device)
+            shifted = 0 if first is None or first._self_shift is None else first._self_shift.to(device)
             gone = removed.cumsum(dim=1)
-            run.shift = before + gone[:, -1:]
-            ids = ids - before - gone
+            run.shift = shifted + gone[:, -1:]
+            ids = ids - shifted - gone
         stage = self._cut(run, 0, keep, plan.kept, visual)
-        run.query_weights = take(weights * keep, stage.index)[:, stage.length - plan.n_queries :]
-        run.rotary_ids = take(ids, stage.index)
+        run.query_weights = take(weights * keep, stage.index)[:, -n_queries:]
+        run.rotary_ids = take_along(ids.expand(*ids.shape[:-2], batch, length), stage.index)
         shortened = take(embeds, stage.index)
         if stage.valid is not None:
             # padding slots point at removed rows, and 0 * inf would spread through attention
             shortened = shortened.masked_fill(~stage.valid[..., None], 0.0)
         past = kv.stored_tokens(cache, 0)
-        return args, {
+        kwargs = {
             **kwargs,
             "inputs_embeds": shortened,
             "attention_mask": self._layer_0_mask(run, cache),
             # contiguous: transformers takes a gap in position ids for the start of a packed sequence
-            "position_ids": torch.arange(past, past + stage.length, device=embeds.device)[None],
+            "position_ids": torch.arange(past, past + stage.length, device=device)[None],
         }
+        if kwargs.get("visual_pos_masks") is not None:
+            # DeepStack: features that the first layers add at visual positions
+            at = kwargs["visual_pos_masks"].to(device)
+            chosen = keep[at]
+            kwargs["visual_pos_masks"] = _and(take(at, stage.index), stage.valid)
+            kwargs["deepstack_visual_embeds"] = [x[chosen.to(x.device)] for x in kwargs["deepstack_visual_embeds"]]
+        return args, kwargs
+
+    def _stage1_late(
+        self, embeds: Tensor, inputs: list[VisualInput], removed: Tensor, scores: list[InputScores]
+    ) -> Tensor:
+        """Stage 1 on merged features (B, S, D): for families without a projector to hook, and features from outside.
+
+        Returns `removed` (B, S) with the new losses; adds to `scores`.
+        """
+        scorer = self.scorer
+        if scorer.needs_cls_attention or (scorer.needs_pruner and self.parts.projector is not None):
+            scorer = SCORERS["diversity"]
+            self._warn(
+                f'scorer="{self.scorer.name}" reads the vision encoder, but this call brings features that were '
+                'encoded without the patch: they are pruned by "diversity". Encode them with the patched model instead'
+            )
+        removed = removed.clone()
+        for present in sorted({x.present for x in inputs if x.pending}):
+            group = [x for x in inputs if x.pending and x.present == present]
+            rows = torch.tensor([[x.row] for x in group], device=embeds.device)
+            positions = torch.stack([x.positions for x in group]).to(embeds.device)
+            index, score = self._stage1(embeds[rows, positions], scorer, None)
+            assert index is not None  # pending means that there is something to remove
+            removed[rows, positions] = torch.ones_like(positions, dtype=torch.bool).scatter_(1, index, False)
+            if score is not None:
+                scores += [InputScores(x.row, x.positions, s) for x, s in zip(group, score, strict=True)]
+        return removed
 
     @staticmethod
     def _position_ids(kwargs: dict, new: int, device: torch.device) -> Tensor:
@@ -439,28 +437,6 @@ class Surgery:
     def _valid_keys(run: Run, cache: Any, index: int) -> Tensor | None:
         cut = (run.stages[-1].valid, run.stages[-1].length) if run.stages else None
         return kv.valid_keys(cache, index, run.attention_mask, run.new_tokens, cut)
-
-    def _make_plan(
-        self, lengths: list[int], kept: list[int], visual: list[int], removed: list[int], n_queries: int, tail: int
-    ) -> Plan:
-        """Assign visual inputs of the given lengths to rows, in order, and sum their budgets."""
-        remaining = iter(lengths)
-        survivors, stage2, wiped = [], [], []
-        for present, gone in zip(visual, removed, strict=True):
-            budgets, left = [], present
-            while left > 0:
-                size = next(remaining, None)
-                if size is None or size > left:
-                    raise UnsupportedInputError(
-                        f"the image features, of {lengths} tokens, do not fill the rows' {visual} placeholders "
-                        "image by image"
-                    )
-                budgets.append((self.budget(size), size))
-                left -= size
-            survivors.append(present - gone)
-            stage2.append(min(sum(b.stage2 for b, _ in budgets), present - gone))
-            wiped.append(self.shape.wipe_layer is not None and any(b.stage2 < size for b, size in budgets))
-        return Plan(kept, survivors, stage2, wiped, n_queries, tail)
 
     def _cut(self, run: Run, start: int, keep: Tensor, counts: list[int], visual: Tensor) -> Stage:
         """Begin the stage that keeps `keep` (B, N) of the current tokens; `counts` are its row sums."""
@@ -484,6 +460,7 @@ class Surgery:
         ids = self.local.run.rotary_ids
         if ids is None:
             return None
+        ids = ids[-3:] if ids.dim() == 3 else ids  # a fourth axis in front counts text alone, and is not rotated by
         if len(args) > 1:
             return (args[0], ids, *args[2:]), kwargs
         return args, {**kwargs, "position_ids": ids}
@@ -517,7 +494,7 @@ class Surgery:
             for keep, counts in self._cuts_before(run, run.plan, index):
                 stage = self._cut(run, index, keep, counts, run.stages[-1].visual)
                 rotary = run.stages[-2].rotary or kwargs["position_embeddings"]
-                stage.rotary = tuple(take(x, stage.index) for x in rotary)
+                stage.rotary = tuple(take_along(x, stage.index, dim=-2) for x in rotary)
                 hidden = take(hidden, stage.index)
         key = _key(run, cache, index)
         if key not in run.views:
@@ -619,19 +596,12 @@ def _key(run: Run, cache: Any, index: int) -> tuple:
     return len(run.stages), kv.history(cache, index)
 
 
-def _row_scores(features: Sequence[Tensor], visual: list[int]) -> list[Tensor | None]:
-    """Stage-1 scores of each row's visual tokens, or None where an input has none."""
-    found = iter([getattr(feature, _SCORES, None) for feature in features])
-    sizes = iter([feature.shape[0] for feature in features])
-    rows: list[Tensor | None] = []
-    for count in visual:
-        parts: list[Tensor | None] = []
-        while count > 0:
-            parts.append(next(found))
-            count -= next(sizes)
-        known = [part for part in parts if part is not None]
-        rows.append(torch.cat(known) if known and len(known) == len(parts) else None)
-    return rows
+def _encoder_scores(inputs: Sequence[VisualInput], features: Sequence[Tensor]) -> list[InputScores]:
+    """Stage-1 scores that travelled with the features, where these are the inputs one to one."""
+    if len(inputs) != len(features):
+        return []
+    found = [(x, getattr(feature, _SCORES, None)) for x, feature in zip(inputs, features, strict=True)]
+    return [InputScores(x.row, x.positions, score) for x, score in found if score is not None]
 
 
 def _check_mask(mask: Any) -> None:

@@ -38,6 +38,14 @@ class Trace:
     text_tokens: list[int]
 
 
+class InputScores(NamedTuple):
+    """Stage-1 scores (n,) of one visual input, whose tokens lie at `positions` (n,) of row `row`."""
+
+    row: int
+    positions: Tensor
+    scores: Tensor
+
+
 class Record:
     """One prefill's decisions as device tensors; read into a `Trace` only when somebody asks.
 
@@ -47,7 +55,7 @@ class Record:
         removed: (B, S) bool, those that stage 1 removed.
         text: per row, tokens that are neither visual nor padding.
         wiped: per row, whether its last visual tokens vanish at `shape.wipe_layer`.
-        stage1_scores: per row (visual tokens,) float or None.
+        stage1_scores: of the visual inputs that have any.
     """
 
     def __init__(
@@ -57,7 +65,7 @@ class Record:
         removed: Tensor,
         text: list[int],
         wiped: list[bool],
-        stage1_scores: list[Tensor | None],
+        stage1_scores: list[InputScores],
     ) -> None:
         self.shape = shape
         self.visual = visual
@@ -95,8 +103,17 @@ class Record:
             visual_tokens=visual.sum(dim=1).tolist(),
             stage1=stage1,
             stage2=stage2,
-            stage1_scores=[None if scores is None else scores.float().cpu() for scores in self.stage1_scores],
+            stage1_scores=[self._row_scores(row, seen) for row, seen in enumerate(visual)],
             stage2_scores=stage2_scores,
             tokens_per_layer=per_layer,
             text_tokens=list(self.text),
         )
+
+    def _row_scores(self, row: int, visual: Tensor) -> Tensor | None:
+        """(visual tokens,) float32 if every visual token of the row was scored, else None."""
+        scores = torch.full(visual.shape, torch.nan)
+        for x in self.stage1_scores:
+            if x.row == row:
+                scores[x.positions.cpu()] = x.scores.float().cpu()
+        own = scores[visual]
+        return None if len(own) == 0 or own.isnan().any() else own

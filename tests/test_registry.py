@@ -69,7 +69,7 @@ def test_find_parts(model):
     assert len(parts.layers) == LAYERS
     assert all(a is b for a, b in zip(parts.layers, model.model.language_model.layers, strict=True))
     assert all(a is b.self_attn for a, b in zip(parts.attention, parts.layers, strict=True))
-    assert (parts.width, parts.placeholder) == (WIDTH, IMAGE)
+    assert (parts.width, parts.modalities) == (WIDTH, (("image", "get_image_features", IMAGE),))
     assert find_parts(model.model).base is model.model  # without the head
 
 
@@ -127,7 +127,8 @@ def test_missing_attention_of_one_layer(model):
 def test_missing_method_and_field(model, adapters):
     llava = adapters["llava"]
     for field in ("encode", "placeholder"):
-        adapters["llava"] = Adapter(**{**vars(llava), field: "nowhere"})
+        wrong = llava.modalities[0]._replace(**{field: "nowhere"})
+        adapters["llava"] = Adapter(**{**vars(llava), "modalities": (wrong,)})
         with pytest.raises(UnsupportedModelError, match="has no 'nowhere' below"):
             find_parts(model)
 
