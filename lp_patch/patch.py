@@ -84,6 +84,9 @@ class Patch:
         try:
             for modality in parts.modalities:
                 self._wrap(parts.base, modality.encode, partial(surgery.around_encode, modality.name))
+            if hasattr(parts.model, "_get_candidate_generator"):
+                self._wrap(parts.model, "_get_candidate_generator", surgery.around_candidates)
+                self._hook(parts.model.register_forward_pre_hook(surgery.before_model, with_kwargs=True))
             if parts.projector is not None:
                 self._hook(parts.projector.register_forward_pre_hook(surgery.before_projector))
                 self._hook(parts.projector.register_forward_hook(surgery.after_projector))

@@ -79,6 +79,7 @@ class Parts:
     """
 
     adapter: Adapter
+    model: nn.Module
     base: nn.Module
     modalities: tuple["ModalityPart", ...]
     projector: nn.Module | None
@@ -203,6 +204,7 @@ def find_parts(model: object) -> Parts:
         )
     return Parts(
         adapter=adapter,
+        model=inner,
         base=base,
         modalities=tuple(
             ModalityPart(m.name, m.encode, point(inner.config, m.placeholder)) for m in adapter.modalities

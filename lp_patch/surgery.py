@@ -126,6 +126,8 @@ class PerThread(threading.local):
     def __init__(self) -> None:
         self.run = Run()
         self.record: Record | None = None
+        self.assisted = False
+        self.candidates = 0
 
     def __deepcopy__(self, memo: dict) -> "PerThread":
         return PerThread()
@@ -254,6 +256,20 @@ class Surgery:
                 scores = scorer.score(given).float()
             return select_tokens(features, scores, keep, self.config.diversity), scores
 
+    # ------------------------------------------------------------------ the whole model
+
+    @torch.compiler.disable
+    def around_candidates(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        """Wraps the start of assisted decoding, whose first forward shows the prompt and guesses after it."""
+        self.local.assisted = True
+        return wrapped(*args, **kwargs)
+
+    @torch.compiler.disable
+    def before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """How many of the last tokens are guesses: they must not ask, or the answer would depend on them."""
+        self.local.candidates = kwargs.get("logits_to_keep", 1) - 1 if self.local.assisted else 0
+        self.local.assisted = False
+
     # ------------------------------------------------------------------ the merging module
 
     @torch.compiler.disable
@@ -353,6 +369,8 @@ class Surgery:
         run.live, run.plan, run.attention_mask, run.new_tokens = True, plan, mask, length
         keep = real & ~removed
         is_text = real & ~visual & ~structural
+        if self.local.candidates:
+            is_text[:, -self.local.candidates :] = False
         weights = self.text_weights(is_text, visual & ~removed) * visual.any(dim=1, keepdim=True)
         # weights that lie after the images: a bound from the host's copies, on which late stage 1 shows nothing yet
         asking = self.text_weights(real_h & ~visual_h & ~structural_h, visual_h & ~removed_h) > 0

@@ -158,7 +158,8 @@ def test_assisted_decoding_equals_greedy(options):
     model = tiny_llava(seed=13)
     if options.pop("assistant", False):
         options["assistant_model"] = tiny_llava(seed=14)
-    ids, pixels = tokens(3, "image", 9), images(1)
+    # repeated text, so that the look-up has guesses for the first forward
+    ids, pixels = [*tokens(3, "image"), *tokens(5, seed=2) * 3], images(1)
     with lp_patch.applied(model, tokens=5):
         out = model.generate(**batch([ids], pixels), max_new_tokens=12, do_sample=False, **options)
     assert out[0, len(ids) :].tolist() == generated(model, ids, pixels, 12, tokens=5)
