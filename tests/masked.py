@@ -1,0 +1,190 @@
+"""The method a second time, for any family: the untouched model, whose decoder layers are told what not to see.
+
+Nothing of lp_patch is imported here. Removed tokens stay in the sequence and are hidden as keys from the layer on that
+must not see them: attention then gives every other token what it would give if they were gone. Rows of removed and
+padding tokens hold numbers that mean nothing (each sees at least itself).
+
+    inputs    keyword arguments of the model's forward: input_ids (B, S), attention_mask, pixel values, ...
+    layers    the decoder layers, in order
+    hidden    [(index, gone)]: tokens `gone` (B, S) bool vanish before decoder layer `index`, counted from 0
+    visual    rows -> visual inputs -> the positions (ascending) of its counted tokens in the prompt
+"""
+
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from oracle import budget, farthest
+
+
+@dataclass
+class Expected:
+    """What a batch must give. Sets are numbered among each row's counted visual tokens, in sequence order."""
+
+    logits: torch.Tensor  # (B, S, vocab)
+    stage1: list[list[int]]
+    stage2: list[list[int]]
+    scores1: list[list[float]]
+    scores2: list[dict[int, float]]
+    left: torch.Tensor  # (B, S) bool: tokens that are still there in the last layer
+
+
+def masks(inputs, hidden, n_layers, dtype):
+    """The additive mask (B, 1, S, S) of each layer: causal, padding, and what is hidden from that layer on."""
+    batch, length = inputs["input_ids"].shape
+    real = torch.ones(batch, length, dtype=torch.bool)
+    if inputs.get("attention_mask") is not None:
+        real = inputs["attention_mask"].bool()
+    causal, itself = torch.ones(length, length).tril().bool(), torch.eye(length).bool()
+    out = []
+    for layer in range(n_layers):
+        seen = real
+        for start, gone in hidden:
+            if start <= layer:
+                seen = seen & ~gone
+        allowed = (causal & seen[:, None, :]) | itself
+        out.append(torch.zeros(batch, 1, length, length, dtype=dtype).masked_fill(~allowed[:, None], -torch.inf))
+    return out
+
+
+@contextmanager
+def hiding(model, layers, inputs, hidden):
+    """Within the block, the layers use our masks."""
+    own = masks(inputs, hidden, len(layers), model.dtype)
+
+    def replace(mask):
+        return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask})
+
+    with ExitStack() as stack:
+        for layer, mask in zip(layers, own, strict=True):
+            handle = layer.register_forward_pre_hook(replace(mask), with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+@torch.no_grad()
+def masked_logits(model, layers, inputs, hidden=()):
+    """(B, S, vocab) of the untouched model."""
+    with hiding(model, layers, inputs, hidden):
+        return model(**inputs, use_cache=False).logits
+
+
+@torch.no_grad()
+def attention_map(model, layers, inputs, hidden, index, attention="self_attn"):
+    """(B, H, S, S) of decoder layer `index`, after the softmax. Runs eagerly, whatever the model runs with."""
+    found = []
+    before = model.config._attn_implementation
+    handle = layers[index].get_submodule(attention).register_forward_hook(lambda *call: found.append(call[-1][1]))
+    try:
+        model.set_attn_implementation("eager")
+        masked_logits(model, layers, inputs, hidden)
+    finally:
+        handle.remove()
+        model.set_attn_implementation(before)
+    return found[0]
+
+
+@torch.no_grad()
+def merged(model, language_model, inputs):
+    """(B, S, C): what the language model is given, text embeddings and projected visual features."""
+    found = []
+    handle = language_model.register_forward_pre_hook(
+        lambda module, args, kwargs: found.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    model(**inputs, use_cache=False)
+    handle.remove()
+    return found[0]
+
+
+def best(scores, count):
+    """The `count` largest, ties to the first."""
+    return sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))[:count]
+
+
+def chosen_before(features, count, scores, diversity):
+    """Stage 1 of one visual input (n, C): indices, ascending."""
+    if count >= len(features):
+        return list(range(len(features)))
+    if scores is None:
+        return sorted(farthest(list(features), [], count))
+    diverse = round(diversity * count)
+    return sorted(farthest(list(features), best(scores, count - diverse), diverse))
+
+
+def chosen_inside(maps, row, positions, last_visual, real, end, structural, count):
+    """Stage 2 of one row: positions that stay, and the score of each candidate.
+
+    `maps` (B, H, S, S); the queries are text after the last visual token and before `end`, without such the last token.
+    """
+    tokens = [i for i in range(end) if real[row, i]]
+    queries = [i for i in tokens if i > last_visual and i not in structural] or tokens[-1:]
+    mean = maps[row].double().mean(0)[queries].mean(0)
+    scores = {i: float(mean[i]) for i in positions}
+    return sorted(sorted(positions, key=lambda i: (-scores[i], i))[:count]), scores
+
+
+@torch.no_grad()
+def expected(
+    model, layers, language_model, inputs, visual, *, tokens=None, ratio=2 / 9, layer=None, stage_ratio=3.0,
+    diversity=0.1, wipe=None, pruner=None, features=None, structural=None, end=None, attention="self_attn",
+):  # fmt: skip
+    """What a batch must give; options as `oracle.expected` has them.
+
+    `features`: rows -> visual inputs -> (n, C) that stage 1 looks at; by default what the language model is given.
+    `structural`: rows -> positions that are neither counted nor text. `end`: where the prompt ended, if tokens that
+    were generated (or a later text turn) follow; they choose nothing.
+    """
+    n_layers = len(layers)
+    k = layer or min(max(round(0.375 * n_layers), 1), n_layers - 1)
+    batch, length = inputs["input_ids"].shape
+    end = length if end is None else end
+    real = torch.ones(batch, length, dtype=torch.bool)
+    if inputs.get("attention_mask") is not None:
+        real = inputs["attention_mask"].bool()
+    structural = structural or [[] for _ in range(batch)]
+    embeds = merged(model, language_model, inputs)
+
+    first = torch.zeros(batch, length, dtype=torch.bool)
+    kept, scores1, budgets = [], [], []
+    for row, own in enumerate(visual):
+        budgets.append([budget(len(x), n_layers, k, stage_ratio, tokens, ratio, wipe) for x in own])
+        kept.append([])
+        scores1.append([])
+        for number, (positions, (r1, _)) in enumerate(zip(own, budgets[-1], strict=True)):
+            seen, scores = embeds[row, positions] if features is None else features[row][number], None
+            if pruner is not None and r1 < len(positions):
+                scores = pruner(seen.to(next(pruner.parameters()).dtype)).softmax(-1)[:, 1]
+                scores1[-1] += scores.tolist()
+            stay = [positions[i] for i in chosen_before(seen, r1, scores, diversity)]
+            first[row, list(set(positions) - set(stay))] = True
+            kept[-1] += stay
+        kept[-1].sort()
+
+    second, third = torch.zeros_like(first), torch.zeros_like(first)
+    stay2, scores2 = [], []
+    maps = None
+    if stage_ratio > 1 and any(sum(r2 for _, r2 in b) < len(x) for b, x in zip(budgets, kept, strict=True)):
+        maps = attention_map(model, layers, inputs, [(0, first)], k - 1, attention)
+    for row, own in enumerate(visual):
+        wanted = sum(r2 for _, r2 in budgets[row])
+        stay, scores = kept[row], {}
+        if maps is not None and wanted < len(kept[row]):
+            last = max(max(x) for x in own)
+            stay, scores = chosen_inside(maps, row, kept[row], last, real, end, structural[row], wanted)
+        stay2.append(stay)
+        scores2.append(scores)
+        second[row, list(set(kept[row]) - set(stay))] = True
+        pruned = any(r2 < len(x) for x, (_, r2) in zip(own, budgets[row], strict=True))
+        if wipe is not None and wipe < n_layers and pruned:
+            third[row, stay] = True
+
+    hidden = [(0, first), (k, second), (n_layers if wipe is None else wipe, third)]
+    numbers = [{p: i for i, p in enumerate(sorted(p for x in own for p in x))} for own in visual]
+    return Expected(
+        masked_logits(model, layers, inputs, hidden),
+        [[n[p] for p in x] for n, x in zip(numbers, kept, strict=True)],
+        [[n[p] for p in x] for n, x in zip(numbers, stay2, strict=True)],
+        scores1,
+        [{n[p]: s for p, s in x.items()} for n, x in zip(numbers, scores2, strict=True)],
+        real & ~first & ~second & ~third,
+    )
