@@ -54,8 +54,8 @@ VOCABULARY, IMAGE_TOKEN = 32064, 32000
 # (width, MLP width, layers, heads) of the vision tower and of the language model
 SIZES = {
     "tiny": ((64, 128, 3, 2), (64, 128, 4, 2)),
-    # the paper's 32 layers, and the tower's share of the arithmetic in LLaVA-1.5-7B (4 %), at a width for two cores
-    "small": ((768, 3072, 4, 12), (1280, 3456, 32, 10)),
+    # for two cores; the tower has the share of the arithmetic that it has in LLaVA-1.5-7B, 4 %
+    "small": ((768, 3072, 2, 12), (1024, 2752, 24, 8)),
     "7b": ((1024, 4096, 24, 16), (4096, 11008, 32, 32)),
 }
 
@@ -79,8 +79,7 @@ class Setting:
 SETTINGS = [
     *(Setting(tokens) for tokens in (192, 128, 64, 32)),
     *(Setting(tokens, scorer="learned") for tokens in (64, 32)),
-    *(Setting(tokens, images=5, pairs=3) for tokens in (128, 64)),
-    Setting(32, images=5, pairs=5),
+    *(Setting(tokens, images=5, pairs=4) for tokens in (64, 32)),
     *(Setting(tokens, batch=4, pairs=3) for tokens in (64, 32)),
     Setting(PER_IMAGE, pairs=30),
 ]

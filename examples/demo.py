@@ -133,34 +133,38 @@ def draw_kept(axes: plt.Axes, picture: np.ndarray, kept: list[int], grid: int, c
 def draw(picture: np.ndarray, grid: int, results: list[tuple], path: Path) -> None:
     """Picture, stage 1, and stage 2 per question, side by side; `results` holds (question, full, pruned, trace)."""
     first = results[0][3]
-    panels = [("Picture", f"{first.visual_tokens[0]} visual tokens", None, INK, [])]
-    panels.append(
-        ("Stage 1", f"{len(first.stage1[0])} tokens", first.stage1[0].tolist(), STAGE_1, ["chosen before any question"])
-    )
+    # title, colour, token count, patches to show (None: all), caption lines, caption lines of less weight
+    panels = [
+        ("Picture", INK, f"{first.visual_tokens[0]} tokens", None, [], []),
+        ("Stage 1", STAGE_1, f"{len(first.stage1[0])} tokens", first.stage1[0], [], ["before any question is read"]),
+    ]
     for question, full, pruned, trace in results:
-        caption = [*textwrap.wrap(question["question"], 24), f"full: {full.text}   pruned: {pruned.text}"]
-        panels.append(("Stage 2", f"{len(trace.stage2[0])} tokens", trace.stage2[0].tolist(), STAGE_2, caption))
-    rows = 1 if len(panels) <= 5 else 2
+        kept, asked = trace.stage2[0], textwrap.wrap(question["question"], 32)
+        panels.append(
+            ("Stage 2", STAGE_2, f"{len(kept)} tokens", kept, asked, [f"{pruned.text} (unpruned: {full.text})"])
+        )
+
+    rows = -(-len(panels) // 5)
     columns = -(-len(panels) // rows)
-    plt.rcParams.update({"font.family": "sans-serif", "font.size": 8, "text.color": INK})
-    side, gap, head, foot = 1.9, 0.16, 0.36, 0.58  # inches
+    side, gap, head, line = 1.9, 0.16, 0.34, 0.15  # inches
+    foot = 0.08 + line * max(len(upper) + len(lower) for *_, upper, lower in panels)
     width, height = columns * (side + gap) + gap, rows * (side + head + foot) + gap
+    plt.rcParams.update({"font.size": 7.5, "text.color": INK})
     figure = plt.figure(figsize=(width, height), facecolor="white")
-    for number, (title, count, kept, colour, caption) in enumerate(panels):
+    for number, (title, colour, count, kept, upper, lower) in enumerate(panels):
         row, column = divmod(number, columns)
-        left = gap + column * (side + gap)
-        bottom = height - (row + 1) * (side + head + foot) + foot
-        axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+        left, top = gap + column * (side + gap), height - row * (side + head + foot) - head
+        axes = figure.add_axes((left / width, (top - side) / height, side / width, side / height))
         axes.set_axis_off()
         if kept is None:
             axes.imshow(picture, interpolation="lanczos")
         else:
-            draw_kept(axes, picture, kept, grid, colour)
-        axes.text(0, 1.03, title, transform=axes.transAxes, weight="bold", color=colour, va="bottom")
-        axes.text(1, 1.03, count, transform=axes.transAxes, color=MUTED, va="bottom", ha="right")
-        for line, text in enumerate(caption):
-            last = line == len(caption) - 1
-            axes.text(0, -0.04 - 0.075 * line, text, transform=axes.transAxes, va="top", color=MUTED if last else INK)
+            draw_kept(axes, picture, kept.tolist(), grid, colour)
+        axes.text(0, 1.03, title, transform=axes.transAxes, weight="bold", color=colour)
+        axes.text(1, 1.03, count, transform=axes.transAxes, color=MUTED, ha="right")
+        for i, text in enumerate([*upper, *lower]):
+            ink = INK if i < len(upper) else MUTED
+            axes.text(0, -(0.06 + i * line) / side, text, transform=axes.transAxes, color=ink, va="top")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=300)
     plt.close(figure)
