@@ -198,6 +198,8 @@ class Surgery:
     def around_encode(self, modality: str, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         """Wraps the method that encodes images (or videos): only inside it does the projector prune."""
         run = self.local.run
+        if run.encoding is not None:
+            return wrapped(*args, **kwargs)  # a method for videos that calls the one for images
         encoding = run.encoding = Encoding()
         try:
             output = wrapped(*args, **kwargs)
@@ -292,9 +294,9 @@ class Surgery:
 
     @torch.compiler.disable
     def after_base(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """No mark leaves the model: `image_hidden_states` lists the survivors."""
+        """No mark leaves the model: where a projector pruned, `image_hidden_states` lists the survivors."""
         states = getattr(output, "image_hidden_states", None)
-        if isinstance(states, Tensor) and self.local.run.stages:
+        if isinstance(states, Tensor) and self.local.run.stages and self.parts.projector is not None:
             output.image_hidden_states = states[~_is_removed(states)]
 
     # ------------------------------------------------------------------ the language model
