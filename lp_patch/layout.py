@@ -51,7 +51,7 @@ def find_inputs(
     sizes: Sequence[Sequence[int]],
     structural: Tensor,
     removed: Tensor,
-    merge_adjacent: bool,
+    merge_adjacent: Sequence[bool],
     budget: Callable[[int], StageBudget],
 ) -> list[VisualInput]:
     """Cut the placeholders of each row into visual inputs.
@@ -61,11 +61,12 @@ def find_inputs(
         sizes: per modality the token numbers of its encoded features, in the order of the placeholders.
         structural: (B, S) bool on the host.
         removed: (B, S) bool on the host.
-        merge_adjacent: whether features that follow one another without a token between are parts of one input.
+        merge_adjacent: per modality, whether features that follow one another without a token between are parts of one
+            input.
         budget: from the number of counted tokens, what to keep.
     """
     found: list[VisualInput] = []
-    for mask, lengths in zip(masks, sizes, strict=True):
+    for mask, lengths, merge in zip(masks, sizes, merge_adjacent, strict=True):
         remaining = iter(lengths)
         for row in range(mask.shape[0]):
             positions = mask[row].nonzero().squeeze(1)
@@ -78,7 +79,7 @@ def find_inputs(
                         "placeholders one by one"
                     )
                 piece, positions = positions[:size], positions[size:]
-                if merge_adjacent and pieces and piece[0] == pieces[-1][-1] + 1:
+                if merge and pieces and piece[0] == pieces[-1][-1] + 1:
                     pieces[-1] = torch.cat([pieces[-1], piece])
                 else:
                     pieces.append(piece)

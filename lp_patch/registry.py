@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from .errors import ConfigError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "lp_patch.adapters"
-BUILT_IN = ("llava",)
+BUILT_IN = (
+    "llava",
+    "llava_next",
+    "llava_next_video",
+    "llava_onevision",
+    "video_llava",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen3_vl",
+    "qwen3_vl_moe",
+    "internvl",
+)
 
 
 class Modality(NamedTuple):
@@ -46,7 +57,7 @@ class Adapter:
         structural: (merging module, embeddings (B, S, D)) -> (B, S) bool, rows that carry no picture (line breaks of
             a tiling): kept and not counted.
         merge_adjacent: features that follow one another without a token between are parts of one image (tiles) or
-            video (frames), and share its budget.
+            video (frames), and share its budget; or the names of the modalities of which this holds.
         first_cut: from the model's config, how many decoder layers must run before stage 2 may cut; None: one.
         cls_attention: from the merging module, the attention module whose [CLS] query ranks the features; None where
             the family has no [CLS] that ranks the projector's input one to one.
@@ -62,7 +73,7 @@ class Adapter:
     projector: str | None = None
     width: Callable[[Any], int] | None = None
     structural: Callable[[Any, Tensor], Tensor] | None = None
-    merge_adjacent: bool = False
+    merge_adjacent: bool | tuple[str, ...] = False
     first_cut: Callable[[Any], int] | None = None
     cls_attention: Callable[[Any], nn.Module] | None = None
     language_model: str = "language_model"

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from . import cache as kv
 from .attention import Observer, check_tappable
 from .budget import StageBudget, default_layer, stage_budget
-from .compat import causal_mask
+from .compat import causal_mask, encoded_features, uncounted
 from .config import PruningConfig
 from .errors import ConfigError, UnsupportedInputError
 from .layout import Plan, VisualInput, find_inputs, make_plan
@@ -173,7 +173,10 @@ class Surgery:
             return None
         adapter = self.parts.adapter
         if adapter.cls_attention is None:
-            raise ConfigError(f"scorer={self.scorer.name!r} needs a [CLS] token, which {adapter.family} does not have")
+            raise ConfigError(
+                f"scorer={self.scorer.name!r} needs a [CLS] token that ranks the visual tokens one to one, which "
+                f'{adapter.family} does not have: use "diversity", or "learned" with a pruner'
+            )
         module = adapter.cls_attention(self.parts.base)
         check_tappable(module, "the vision attention behind the features")
         return module
@@ -333,7 +336,7 @@ class Surgery:
         if first._self_shift is not None:
             ids = self._position_ids(kwargs, tokens.shape[1], tokens.device)
             run.rotary_ids = ids - first._self_shift.to(tokens.device)
-        return args, {**kwargs, "attention_mask": self._layer_0_mask(run, cache)}
+        return args, {**uncounted(kwargs), "attention_mask": self._layer_0_mask(run, cache)}
 
     def _prefill(self, run: Run, before: Run, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward with new visual tokens."""
@@ -357,7 +360,8 @@ class Surgery:
         ).cpu()
         sizes = [[x.shape[:-1].numel() for x in before.features[m.name]] for m in modalities]
         merge = self.parts.adapter.merge_adjacent
-        inputs = find_inputs(masks_h, sizes, structural_h, removed_h, merge, self.budget)
+        merges = [merge if isinstance(merge, bool) else m.name in merge for m in modalities]
+        inputs = find_inputs(masks_h, sizes, structural_h, removed_h, merges, self.budget)
         scores = _encoder_scores(inputs, [x for m in modalities for x in before.features[m.name]])
         if any(x.pending for x in inputs):
             removed = self._stage1_late(embeds, inputs, removed, scores)
@@ -373,9 +377,11 @@ class Surgery:
         is_text = real & ~visual & ~structural
         if self.local.candidates:
             is_text[:, -self.local.candidates :] = False
-        weights = self.text_weights(is_text, visual & ~removed) * visual.any(dim=1, keepdim=True)
+        # line breaks are no text, but a prompt that ends in one asks with it
+        shown = (visual & ~removed) | structural
+        weights = self.text_weights(is_text, shown) * visual.any(dim=1, keepdim=True)
         # weights that lie after the images: a bound from the host's copies, on which late stage 1 shows nothing yet
-        asking = self.text_weights(real_h & ~visual_h & ~structural_h, visual_h & ~removed_h) > 0
+        asking = self.text_weights(real_h & ~visual_h & ~structural_h, (visual_h & ~removed_h) | structural_h) > 0
         asking = (asking & visual_h.any(dim=1, keepdim=True)).cumsum(dim=1) > 0
         n_queries = max(1, int((asking & real_h & ~removed_h).sum(dim=1).max()))
         ids = self._position_ids(kwargs, length, device)
@@ -399,7 +405,7 @@ class Surgery:
             shortened = shortened.masked_fill(~stage.valid[..., None], 0.0)
         past = kv.stored_tokens(cache, 0)
         kwargs = {
-            **kwargs,
+            **uncounted(kwargs),
             "inputs_embeds": shortened,
             "attention_mask": self._layer_0_mask(run, cache),
             # contiguous: transformers takes a gap in position ids for the start of a packed sequence
