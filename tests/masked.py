@@ -127,6 +127,7 @@ def chosen_inside(maps, row, positions, last_visual, real, end, structural, coun
 def expected(
     model, layers, language_model, inputs, visual, *, tokens=None, ratio=2 / 9, layer=None, stage_ratio=3.0,
     diversity=0.1, wipe=None, pruner=None, features=None, structural=None, end=None, attention="self_attn",
+    positions="original",
 ):  # fmt: skip
     """What a batch must give; options as `oracle.expected` has them.
 
@@ -150,16 +151,19 @@ def expected(
         budgets.append([budget(len(x), n_layers, k, stage_ratio, tokens, ratio, wipe) for x in own])
         kept.append([])
         scores1.append([])
-        for number, (positions, (r1, _)) in enumerate(zip(own, budgets[-1], strict=True)):
-            seen, scores = embeds[row, positions] if features is None else features[row][number], None
-            if pruner is not None and r1 < len(positions):
+        for number, (at, (r1, _)) in enumerate(zip(own, budgets[-1], strict=True)):
+            seen, scores = embeds[row, at] if features is None else features[row][number], None
+            if pruner is not None and r1 < len(at):
                 scores = pruner(seen.to(next(pruner.parameters()).dtype)).softmax(-1)[:, 1]
                 scores1[-1] += scores.tolist()
-            stay = [positions[i] for i in chosen_before(seen, r1, scores, diversity)]
-            first[row, list(set(positions) - set(stay))] = True
+            stay = [at[i] for i in chosen_before(seen, r1, scores, diversity)]
+            first[row, list(set(at) - set(stay))] = True
             kept[-1] += stay
         kept[-1].sort()
 
+    if positions == "compact":
+        # places of removed tokens are taken; ids of several axes have no such thing
+        inputs = {**inputs, "position_ids": ((real & ~first).cumsum(dim=1) - 1).clamp(min=0)}
     second, third = torch.zeros_like(first), torch.zeros_like(first)
     stay2, scores2 = [], []
     maps = None
