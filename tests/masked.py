@@ -111,12 +111,13 @@ def chosen_before(features, count, scores, diversity):
     return sorted(farthest(list(features), best(scores, count - diverse), diverse))
 
 
-def chosen_inside(maps, row, positions, last_visual, real, end, structural, count):
+def chosen_inside(maps, row, positions, last_visual, there, end, structural, count):
     """Stage 2 of one row: positions that stay, and the score of each candidate.
 
-    `maps` (B, H, S, S); the queries are text after the last visual token and before `end`, without such the last token.
+    `maps` (B, H, S, S); the queries are text after the last visual token and before `end`, without such the last token
+    that is still there.
     """
-    tokens = [i for i in range(end) if real[row, i]]
+    tokens = [i for i in range(end) if there[row, i]]
     queries = [i for i in tokens if i > last_visual and i not in structural] or tokens[-1:]
     mean = maps[row].double().mean(0)[queries].mean(0)
     scores = {i: float(mean[i]) for i in positions}
@@ -174,7 +175,7 @@ def expected(
         stay, scores = kept[row], {}
         if maps is not None and wanted < len(kept[row]):
             last = max(max(x) for x in own)
-            stay, scores = chosen_inside(maps, row, kept[row], last, real, end, structural[row], wanted)
+            stay, scores = chosen_inside(maps, row, kept[row], last, real & ~first, end, structural[row], wanted)
         stay2.append(stay)
         scores2.append(scores)
         second[row, list(set(kept[row]) - set(stay))] = True
