@@ -161,6 +161,11 @@ class Surgery:
         self.last_record: Record | None = None
         self.warned: set[str] = set()
         check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
+        if config.positions == "compact" and hasattr(parts.rotary, "mrope_section"):
+            raise ConfigError(
+                f'positions="compact" has no meaning for the several axes of position ids of {parts.adapter.family}: '
+                'use positions="original"'
+            )
         if layer < parts.first_cut and (config.stage_ratio > 1 or self.shape.wipe_layer is not None):
             raise ConfigError(
                 f"{parts.adapter.family} adds visual features in its first {parts.first_cut} decoder layers: "
@@ -354,9 +359,10 @@ class Surgery:
             structural = visual & self.parts.adapter.structural(self.parts.base, embeds)
             visual = visual & ~structural
         removed = visual & _is_removed(embeds)
+        packed = _starts_again(kwargs).to(device).expand_as(real)
         # the only wait for the device in a prefill
-        real_h, visual_h, structural_h, removed_h, *masks_h = torch.stack(
-            [real, visual, structural, removed, *masks]
+        real_h, visual_h, structural_h, removed_h, packed_h, *masks_h = torch.stack(
+            [real, visual, structural, removed, packed, *masks]
         ).cpu()
         sizes = [[x.shape[:-1].numel() for x in before.features[m.name]] for m in modalities]
         merge = self.parts.adapter.merge_adjacent
@@ -370,6 +376,11 @@ class Surgery:
         if not any(x.survivors < x.present for x in inputs) and plan.stage2 == plan.survivors and not any(plan.wiped):
             return self._continue(run, args, kwargs)
         _check_mask(mask)
+        if packed_h.any():
+            raise UnsupportedInputError(
+                "position_ids with gaps and no attention mask mean several sequences packed into one row, which "
+                "pruning would join: give each sequence its own row, with an attention mask"
+            )
         kv.check_prunable(cache)
 
         run.live, run.plan, run.attention_mask, run.new_tokens = True, plan, mask, length
@@ -628,6 +639,16 @@ def _encoder_scores(inputs: Sequence[VisualInput], features: Sequence[Tensor]) -
         return []
     found = [(x, getattr(feature, _SCORES, None)) for x, feature in zip(inputs, features, strict=True)]
     return [InputScores(x.row, x.positions, score) for x, score in found if score is not None]
+
+
+def _starts_again(kwargs: dict) -> Tensor:
+    """(B or 1, S) bool: where transformers sees a new packed sequence begin, in the axis that counts text."""
+    ids = kwargs.get("position_ids")
+    length = kwargs["inputs_embeds"].shape[1]
+    if ids is None or kwargs.get("attention_mask") is not None or (ids.dim() == 3 and ids.shape[0] != 4):
+        return torch.zeros(1, length, dtype=torch.bool)
+    text = ids[0] if ids.dim() == 3 else ids
+    return torch.nn.functional.pad(text.diff(dim=-1) != 1, (1, 0))
 
 
 def _check_mask(mask: Any) -> None:
