@@ -1,9 +1,12 @@
 """Qwen2-VL, Qwen2.5-VL, Qwen3-VL and its mixture of experts, patched, against the masked oracle."""
 
+import sys
+
 import pytest
 import torch
-from masked import expected
-from tiny_qwen import HIDDEN, KINDS, LAYERS, PAD, batch, prompt, tiny_qwen, visual
+from masked import attention_map, chosen_before, chosen_inside, expected, masked_logits, merged
+from oracle import budget
+from tiny_qwen import DEEPSTACK, HIDDEN, KINDS, LAYERS, batch, prompt, tiny_qwen, visual
 
 import lp_patch
 
@@ -108,3 +111,239 @@ def test_generate(kind, beams, case):
     # a beam's score is the oracle's log-likelihood of what it says
     likely = steps.log_softmax(-1).gather(2, out.sequences[:, width:, None]).sum(dim=(1, 2))
     torch.testing.assert_close(out.sequences_scores, likely, **CLOSE)
+
+
+def joined(kind, *rows):
+    """One row out of several: prompts and answers of a conversation."""
+    whole = prompt(kind)
+    for row in rows:
+        shift = len(whole["ids"])
+        whole["visual"] += [[p + shift for p in x] for x in row["visual"]]
+        for name in ("ids", "types", "image", "video"):
+            whole[name] = whole[name] + row[name]
+        whole["grid"] = {name: grid + row["grid"][name] for name, grid in whole["grid"].items()}
+    return whole
+
+
+def said(kind, ids):
+    return {**prompt(kind), "ids": ids, "types": [0] * len(ids)}
+
+
+@pytest.mark.parametrize("how", ["full ids", "new ids"])
+@pytest.mark.parametrize("case", ["tokens", "wipe"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_text_turn_on_a_kept_cache(kind, case, how):
+    """Positions of the second turn come from rope_deltas and the cache's length, both of the unpruned sequence."""
+    model = tiny_qwen(kind, seed=3)
+    ours, theirs = split_options(CASES[case])
+    first = prompt(kind, 3, ("image", 3, 4), 2, ("video", 2, 2, 3), 5)
+    with lp_patch.applied(model, **ours):
+        out = generate(model, batch([first]))
+        assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+        ids = out.sequences[0].tolist() + prompt(kind, 5, seed=7)["ids"]
+        start = 0 if how == "full ids" else out.past_key_values.get_seq_length()
+        again = {"input_ids": torch.tensor([ids[start:]]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
+        out = generate(model, again, past_key_values=out.past_key_values)
+    new = out.sequences[0, len(ids) - start :].tolist()
+    whole = joined(kind, first, said(kind, ids[len(first["ids"]) :] + new))
+    want = oracle(model, batch([whole]), visual([whole]), end=len(first["ids"]), **theirs)
+    steps = want.logits[:, len(ids) - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), steps, **CLOSE)
+
+
+def positions_of(model, inputs):
+    """(4, B, S): what generate() computes by itself for a first turn."""
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    grids = {name: inputs.get(name) for name in ("image_grid_thw", "video_grid_thw", "second_per_grid_ts")}
+    axes, _ = model.model.get_rope_index(ids, inputs["mm_token_type_ids"], attention_mask=mask, **grids)
+    return torch.cat([(mask.cumsum(-1) - 1).clamp(min=0)[None], axes])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_turn_with_a_new_image(kind):
+    """transformers itself cannot count a second turn's image (it starts again at 0, or fails): positions are given."""
+    model, tokens, k = tiny_qwen(kind, seed=4), 4, 2
+    layers, language_model = model.model.language_model.layers, model.model.language_model
+    first, second = prompt(kind, 3, ("image", 3, 4), 5), prompt(kind, 2, ("image", 2, 5), 4, seed=1)
+    with lp_patch.applied(model, tokens=tokens, layer=k) as patch:
+        out = generate(model, batch([first]))
+        one = patch.trace
+        whole = joined(kind, first, said(kind, out.sequences[0, len(first["ids"]) :].tolist()), second)
+        inputs = batch([whole])
+        again = {**inputs, **{name: batch([second])[name] for name in ("pixel_values", "image_grid_thw")}}
+        again["position_ids"] = positions_of(model, inputs)
+        out = generate(model, again, past_key_values=out.past_key_values)
+        two = patch.trace
+    end = len(whole["ids"])
+    longer = joined(kind, whole, said(kind, out.sequences[0, end:].tolist()))
+    inputs = batch([longer])
+    old, new = longer["visual"]
+
+    def gone(positions):
+        return torch.zeros(1, len(longer["ids"]), dtype=torch.bool).index_fill_(1, torch.tensor(positions), True)
+
+    stay1, stay2 = ([old[i] for i in kept[0]] for kept in (one.stage1, one.stage2))
+    r1, r2 = budget(len(new), LAYERS, k, 3.0, tokens)
+    kept1 = [new[i] for i in chosen_before(merged(model, language_model, inputs)[0, new], r1, None, 0.1)]
+    hidden = [(0, gone([p for p in old + new if p not in stay1 + kept1])), (k, gone(list(set(stay1) - set(stay2))))]
+    maps = attention_map(model, layers, inputs, hidden, k - 1)
+    real = torch.ones(1, len(longer["ids"]), dtype=torch.bool)
+    kept2, _ = chosen_inside(maps, 0, kept1, new[-1], real, end, [], r2)
+    assert [new[i] for i in two.stage1[0]] == kept1
+    assert [new[i] for i in two.stage2[0]] == kept2
+    logits = masked_logits(model, layers, inputs, [*hidden, (k, gone(list(set(kept1) - set(kept2))))])
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), logits[:, end - 1 : -1], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rotary_sees_original_positions_and_nothing_else_sees_their_gaps(kind, given, cached, monkeypatch):
+    """A gap in what mask builders and layers are handed would be taken for a packed sequence."""
+    model = tiny_qwen(kind, seed=5)
+    row = prompt(kind, 3, ("image", 3, 4), 2, ("video", 3, 2, 3), 4)
+    inputs = batch([row])
+    if kind == "qwen2_5_vl":
+        inputs["second_per_grid_ts"] = [0.5]  # time stamps of its video
+    true = positions_of(model, inputs)
+    del inputs["attention_mask"]
+    if given:
+        inputs["position_ids"] = true
+    shown, rotated = [], []
+    module = sys.modules[type(model).__module__]
+    build = module.create_causal_mask
+    monkeypatch.setattr(
+        module, "create_causal_mask", lambda **kwargs: shown.append(kwargs["position_ids"]) or build(**kwargs)
+    )
+    with lp_patch.applied(model, tokens=4, layer=2) as patch:
+        for layer in model.model.language_model.layers:
+            layer.register_forward_pre_hook(lambda m, args, kw: shown.append(kw["position_ids"]), with_kwargs=True)
+        model.model.language_model.rotary_emb.register_forward_pre_hook(
+            lambda m, args, kw: rotated.append(kw.get("position_ids", args[-1])), with_kwargs=True
+        )
+        model(**inputs, use_cache=cached)
+    positions = sorted(p for x in row["visual"] for p in x)
+    lost = set(positions) - {positions[i] for i in patch.trace.stage1[0]}
+    stay = [p for p in range(len(row["ids"])) if p not in lost]
+    assert len(rotated) == 1 and torch.equal(rotated[0].expand(3, 1, -1), true[1:, :, stay])
+    assert len(shown) == 1 + LAYERS
+    for ids in shown:
+        assert ids is None or (ids.diff(dim=-1) == 1).all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_packed_sequences_are_refused(kind):
+    model = tiny_qwen(kind)
+    row = joined(kind, prompt(kind, 3, ("image", 3, 4), 4), prompt(kind, 5))
+    inputs = batch([row])
+    inputs["position_ids"] = positions_of(model, inputs)
+    inputs["position_ids"][..., -5:] = torch.arange(5)
+    del inputs["attention_mask"]
+    with lp_patch.applied(model, tokens=4, layer=2) as patch:
+        with pytest.raises(lp_patch.UnsupportedInputError, match="packed"):
+            model(**inputs, use_cache=False)
+        patch.remove()
+        want = model(**inputs, use_cache=False).logits
+    with lp_patch.applied(model, ratio=1.0):
+        assert torch.equal(model(**inputs, use_cache=False).logits, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_eager(kind):
+    model = tiny_qwen(kind, seed=6, dtype=torch.float32, attention="eager")
+    row = prompt(kind, 3, ("image", 3, 4), 2, ("video", 3, 2, 2), 4)
+    inputs = batch([row], torch.float32)
+    want = oracle(model, inputs, visual([row]), tokens=4, layer=2)
+    with lp_patch.applied(model, tokens=4, layer=2) as patch:
+        out = model(**inputs)
+    check_sets(patch.trace, want)
+    torch.testing.assert_close(out.logits[want.left], want.logits[want.left], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_to_prune_and_removal_bit_for_bit(kind):
+    model = tiny_qwen(kind, dtype=torch.float32)
+    inputs, text = batch(rows_of(kind), torch.float32), batch([prompt(kind, 9)])
+    before, state = model(**inputs, output_hidden_states=True), dict(vars(model.model))
+    silent = model(**text).logits
+    said_before = model.generate(**inputs, max_new_tokens=3, do_sample=False)
+    with lp_patch.applied(model, ratio=1.0) as patch:
+        full = model(**inputs, output_hidden_states=True)
+        assert torch.equal(full.logits, before.logits)
+        assert all(map(torch.equal, full.hidden_states, before.hidden_states))
+        assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), said_before)
+        assert patch.report().flops_ratio == 1.0
+    with lp_patch.applied(model, tokens=3, layer=2):
+        assert torch.equal(model(**text).logits, silent)
+        pruned = model(**inputs, output_hidden_states=True)
+        assert not torch.equal(pruned.logits, before.logits)
+        assert [x.shape for x in pruned.hidden_states] == [x.shape for x in before.hidden_states]
+    assert vars(model.model).keys() == state.keys()
+    assert torch.equal(model(**inputs).logits, before.logits)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), said_before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("encoded", ["patched", "unpatched"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_features_from_the_caller(kind, encoded):
+    model = tiny_qwen(kind, seed=7)
+    inputs = batch(rows_of(kind))
+    with lp_patch.applied(model, tokens=4, layer=2) as patch:
+        want, sets = model(**inputs).logits, patch.trace.stage2
+        if encoded == "unpatched":
+            patch.remove()
+        features = {
+            "image": model.get_image_features(inputs.pop("pixel_values"), inputs["image_grid_thw"], return_dict=True),
+            "video": model.get_video_features(
+                inputs.pop("pixel_values_videos"), inputs["video_grid_thw"], return_dict=True
+            ),
+        }
+    with lp_patch.applied(model, tokens=4, layer=2) as patch:
+        out = model(**inputs, mm_encoder_outputs=features)
+        assert all(map(torch.equal, patch.trace.stage2, sets))
+    torch.testing.assert_close(out.logits, want)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_reach_the_vision_tower(kind):
+    model = tiny_qwen(kind, seed=8)
+    inputs = batch(rows_of(kind))
+    with lp_patch.applied(model, tokens=4, layer=2):
+        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    gradients = [p.grad for name, p in model.model.visual.named_parameters() if "merger" in name]
+    assert all(g is not None and g.isfinite().all() and g.abs().sum() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_does_not_fit_is_refused_at_apply(kind):
+    model = tiny_qwen(kind)
+    with pytest.raises(lp_patch.ConfigError, match=r"scorer='cls' needs a \[CLS\] token .*, which Qwen"):
+        lp_patch.apply(model, scorer="cls")
+    with pytest.raises(lp_patch.ConfigError, match='positions="compact" has no meaning for the several axes'):
+        lp_patch.apply(model, positions="compact")
+    with pytest.raises(lp_patch.PrunerError):
+        lp_patch.apply(model, pruner=lp_patch.LearnablePruner(HIDDEN + 1, 8))
+    assert not lp_patch.is_applied(model)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe"])
+def test_stage_2_waits_for_deepstack(kind):
+    model = tiny_qwen(kind)
+    with pytest.raises(lp_patch.ConfigError, match=f"layer must be at least {DEEPSTACK}, got {DEEPSTACK - 1}"):
+        lp_patch.apply(model, layer=DEEPSTACK - 1)
+    lp_patch.apply(model, layer=DEEPSTACK - 1, stage_ratio=1.0)  # then nothing is cut inside
+    lp_patch.apply(model, layer=DEEPSTACK)
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
+def test_sliding_windows_only_where_they_are_used(kind):
+    windows = {"sliding_window": 8, "max_window_layers": 2}
+    assert lp_patch.apply(tiny_qwen(kind, use_sliding_window=False, **windows)).active
+    with pytest.raises(lp_patch.UnsupportedModelError, match="sliding-window"):
+        lp_patch.apply(tiny_qwen(kind, use_sliding_window=True, **windows))
