@@ -61,7 +61,7 @@ def settings(draw):
     wipe = draw(st.none() | st.integers(layer + 1, n_layers))
     ratio = draw(rationals(1, 8, 4))
     present = draw(st.integers(1, 4000))
-    average = draw(rationals(0, 4000, 9))
+    average = draw(rationals(0, 4000, 9) | rationals(0, 1, 90).map(lambda share: share * present))
     assume(average > 0)
     return average, present, n_layers, layer, ratio, wipe
 
@@ -125,6 +125,11 @@ def test_at_least_one_token_is_left():
     assert stage_budget(1e-6, 576, 32, 12, 3.0) == (3, 1)
     assert stage_budget(0.5, 1, 32, 12, 3.0) == (1, 1)
     assert stage_budget(1e-12, 576, 32, 12, 3.0) == (3, 1)
+
+
+def test_stage_1_is_rounded():
+    assert stage_budget(1e-6, 576, 32, 12, 1.25) == (1, 1)
+    assert stage_budget(1e-6, 576, 32, 12, 1.75) == (2, 1)
 
 
 def test_ratio_one_is_one_stage():

@@ -169,7 +169,7 @@ def test_checkout_imports_without_installation(elsewhere):
 
 
 def test_the_folder_adapters_does_not_stand_in_for_the_package_of_that_name():
-    code = "try:\n import adapters\nexcept ImportError as error:\n print(error)"
+    code = "try:\n import adapters\nexcept ImportError as error:\n print(error)\nelse:\n raise SystemExit(1)"
     said = run(sys.executable, "-c", code, cwd=ROOT)
     assert said.startswith("this folder is imported as lp_patch.adapters; the PyPI package 'adapters' is something")
 

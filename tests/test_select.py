@@ -77,6 +77,13 @@ def test_starts_from_the_token_whose_nearest_other_is_farthest():
     assert farthest_points(features, none, 3).tolist() == [[4, 2, 0]]
 
 
+def test_a_token_is_no_neighbour_of_its_own():
+    # all cosines are negative: a token's own must not count, neither as 1 nor as 0
+    degrees = torch.tensor([0.0, 120.0, 250.0]).deg2rad()
+    features = torch.stack([degrees.cos(), degrees.sin()], dim=1)[None]
+    assert farthest_points(features, torch.empty(1, 0, dtype=torch.long), 1).tolist() == [[1]]
+
+
 @given(st.lists(rows_and_seeds(max_tokens=6), min_size=2, max_size=4))
 def test_rows_of_a_batch_do_not_meet(cases):
     n = min(len(row) for row, _, _ in cases)
