@@ -51,10 +51,9 @@ def _tapped_attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwa
     config = module.config
     scaling = kwargs.get("scaling")
     config._observer(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
-    implementation = config._tapped._attn_implementation
-    return ALL_ATTENTION_FUNCTIONS.get_interface(implementation, _eager_attention(module))(
-        module, query, key, *args, **kwargs
-    )
+    name = config._tapped._attn_implementation
+    attention = _eager_attention(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    return attention(module, query, key, *args, **kwargs)
 
 
 def _eager_attention(module: nn.Module) -> Callable:

@@ -51,10 +51,15 @@ class PrunedLayer(wrapt.BaseObjectProxy):
         return kv_length, offset + self._self_dropped
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens; refuses to reach into a pruned prompt."""
+        """Remove the last ``-tokens_to_remove`` tokens; refuses to cut into pruned visual tokens.
+
+        A positive number is the length to keep, counted in tokens seen, as transformers 4 has it.
+        """
+        if tokens_to_remove > 0:
+            tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         after = self.__wrapped__.get_seq_length() + tokens_to_remove
         lost = max(0, self._self_covered - after)
-        if lost > self._self_tail or tokens_to_remove > 0:
+        if lost > self._self_tail:
             least = -(self.__wrapped__.get_seq_length() - self._self_covered + self._self_tail)
             raise UnsupportedInputError(
                 f"crop({tokens_to_remove}) would cut into pruned visual tokens, of which only some were stored: "

@@ -1,10 +1,30 @@
-"""The one file that looks at library versions and at what moved between them."""
+"""The one file that looks at library versions, or rather at what moved between them.
 
+Tried with transformers 4.57, 5.17 and 5.23.
+"""
+
+import inspect
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+
+_LAYER_INDEX = "layer_idx" in inspect.signature(create_causal_mask).parameters
+
+
+class _OneLayer:
+    """A cache of which mask builders see a single layer: before 5.x they always asked for the first one."""
+
+    is_sliding = (False,)
+    is_compileable = False
+
+    def __init__(self, cache: Cache, layer: int) -> None:
+        self._cache, self._layer = cache, layer
+
+    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
+        return self._cache.get_mask_sizes(cache_position, self._layer)
 
 
 def causal_mask(config: Any, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None, layer: int) -> Any:
@@ -14,10 +34,27 @@ def causal_mask(config: Any, hidden: Tensor, attention_mask: Tensor | None, cach
         hidden: (B, Q, C), the layer's input; only its shape, dtype and device are read.
         attention_mask: (B, offset + P + Q) over the layer's physical keys, or None if all are real.
     """
-    return create_causal_mask(
-        config=config,
-        inputs_embeds=hidden,
-        attention_mask=attention_mask,
-        past_key_values=cache,
-        layer_idx=layer,
-    )
+    if _LAYER_INDEX:
+        return create_causal_mask(config, hidden, attention_mask, cache, layer_idx=layer)
+    seen = 0 if cache is None else cache.get_seq_length(layer)
+    position = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
+    view: Any = None if cache is None else _OneLayer(cache, layer)
+    return create_causal_mask(config, hidden, attention_mask, position, view)  # type: ignore[arg-type]
+
+
+def merging_module(model: Any) -> Any:
+    """The module that merges image and text; before 5.x some models with a head call themselves their base."""
+    base = getattr(model, "base_model", model)
+    return getattr(model, "model", model) if base is model else base
+
+
+def encoded_features(output: Any) -> Any:
+    """Features per visual input, from what an encoding method returns: before 5.x the features themselves."""
+    if isinstance(output, (list, Tensor)) or (type(output) is tuple and len(output) and output[0].dim() == 2):
+        return output
+    return getattr(output, "pooler_output", None)
+
+
+def uncounted(kwargs: dict) -> dict:
+    """Without `cache_position`, which counts the tokens before they were cut: the model makes its own."""
+    return kwargs if kwargs.get("cache_position") is None else {**kwargs, "cache_position": None}

@@ -13,6 +13,7 @@ import wrapt
 from torch import nn
 
 from .attention import install_tap
+from .compat import merging_module
 from .config import PruningConfig, make_config
 from .pruner import LearnablePruner, resolve_pruner
 from .registry import Parts, find_parts, unwrap
@@ -131,8 +132,7 @@ def _forget_compiled() -> None:
 
 def _find(model: object) -> Patch | None:
     """The patch on a model, found by its own hooks, so that copies of the model know theirs."""
-    inner = unwrap(model)
-    base = getattr(inner, "base_model", inner)
+    base = merging_module(unwrap(model))
     for hook in getattr(base, "_forward_pre_hooks", {}).values():
         owner = getattr(hook, "__self__", None)
         if isinstance(owner, Surgery):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
+from .compat import merging_module
 from .errors import ConfigError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "lp_patch.adapters"
@@ -184,7 +185,7 @@ def find_parts(model: object) -> Parts:
             "or an entry point makes it known"
         )
     adapter = _adapters[model_type]
-    base: Any = getattr(inner, "base_model", inner)
+    base = merging_module(inner)
 
     def point(root: Any, path: str) -> Any:
         found = root

@@ -102,6 +102,7 @@ class Run:
     """
 
     started: bool = False
+    shown: bool = False
     encoding: Encoding | None = None
     ids: Tensor | None = None
     embeds: Tensor | None = None
@@ -213,7 +214,7 @@ class Surgery:
             output = wrapped(*args, **kwargs)
         finally:
             run.encoding = None
-        features = getattr(output, "pooler_output", None)
+        features = encoded_features(output)
         if features is not None:
             run.features[modality] = list(features)
             if isinstance(features, (list, tuple)):
@@ -288,6 +289,7 @@ class Surgery:
         run = self.local.run = Run(started=True)
         run.ids = kwargs.get("input_ids", args[0] if args else None)
         run.embeds = kwargs.get("inputs_embeds")
+        run.shown = any(name.startswith("pixel_values") and kwargs[name] is not None for name in kwargs)
         for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
             if output is not None:
                 run.features[modality] = list(output.pooler_output)
@@ -315,6 +317,11 @@ class Surgery:
         before, run = self.local.run, Run()
         self.local.run = run
         embeds = kwargs.get("inputs_embeds")
+        if before.shown and not before.features:
+            self._warn(
+                f"this call shows images, but no features of theirs passed {self.parts.adapter.family}'s "
+                f"{' or '.join(m.encode for m in self.parts.modalities)}: nothing is pruned"
+            )
         if embeds is not None and before.started and before.features:
             return self._prefill(run, before, args, kwargs)
         if embeds is not None and kv.seen_tokens(kwargs.get("past_key_values")) == 0:

@@ -49,6 +49,7 @@ def farthest(features, seeds, count):
 def vision_features(model, pixels):
     """(n, N, C) features before the projector, (n, N) [CLS] attention of the layer they come from."""
     tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)
     states = tower(pixels, output_hidden_states=True).hidden_states
     layer = tower.encoder.layers[model.config.vision_feature_layer]
     x = layer.layer_norm1(states[model.config.vision_feature_layer - 1])
@@ -80,7 +81,7 @@ def attention_layer(model, layer, x, positions):
     def split(linear, count):
         return linear(y).view(len(y), count, -1).transpose(0, 1)
 
-    theta = c.rope_parameters["rope_theta"]
+    theta = c.rope_parameters["rope_theta"] if hasattr(c, "rope_parameters") else c.rope_theta
     q = rotate(split(layer.self_attn.q_proj, heads), positions, theta)
     k = rotate(split(layer.self_attn.k_proj, kv_heads), positions, theta).repeat_interleave(heads // kv_heads, 0)
     v = split(layer.self_attn.v_proj, kv_heads).repeat_interleave(heads // kv_heads, 0)

@@ -323,3 +323,16 @@ def test_compile_does_not_miss_a_later_patch():
             torch.testing.assert_close(compiled(**inputs).logits, want)
             assert len(patch.trace.stage1[0]) == 9
         torch.testing.assert_close(compiled(**inputs).logits, plain)
+
+
+def test_images_that_go_unpruned_are_announced_once():
+    model = tiny_llava()
+    with lp_patch.applied(model, tokens=5) as patch, torch.no_grad():
+        # a stand-in for code that encodes on its own way
+        encode, model.model.get_image_features = model.model.get_image_features, type(model.model).get_image_features
+        model.model.get_image_features = model.model.get_image_features.__get__(model.model)
+        with pytest.warns(UserWarning, match="nothing is pruned") as caught:
+            model(**inputs_for(model))
+            model(**inputs_for(model))
+        assert len(caught) == 1 and patch.trace.visual_tokens == [0]
+        model.model.get_image_features = encode
