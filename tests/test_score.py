@@ -4,11 +4,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lp_patch import score
 from lp_patch.score import received_attention
+
+settings.register_profile("steady", deadline=None, derandomize=True)  # a loaded machine is no failure
+settings.load_profile("steady")
 
 
 def loop(query, key, weight, scaling, mask=None, causal=True):
