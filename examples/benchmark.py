@@ -9,7 +9,8 @@ What the columns mean
                          (selection, scoring) their time over the unpatched prefill of the same pair
     limit                arithmetic of the unpatched phase over that of the patched one, counted on the shapes that the
                          modules really saw: linear layers, convolutions and both attention products (causal: half)
-    share_of_limit       ratio / limit
+    share_of_limit       ratio / limit; above 1 where long sequences ran less efficiently than short ones, far below 1
+                         where arithmetic is not what takes the time: decoding reads all weights for every token
 
 The prefill is one forward over the whole prompt, images included, with the logits of the last position, as `generate`
 asks for. Selection is all of stage 1 (scores, choice), scoring all of stage 2. Peak memory is that of one prefill: on a
@@ -487,7 +488,13 @@ def describe(setting: Setting, options: argparse.Namespace) -> dict:
         "visual_tokens": PER_IMAGE * setting.images,
         "budget": setting.tokens * setting.images,
         "scorer": setting.scorer,
+        "new_tokens": new_tokens(options),
     }
+
+
+def new_tokens(options: argparse.Namespace) -> int:
+    """Tokens of one generation."""
+    return 4 if options.quick else 16
 
 
 def device_name(device: str) -> str:
@@ -512,52 +519,57 @@ def plot(path: Path) -> None:
     """Speed-up against the budget, from the CSV alone, into a PNG beside it."""
     with path.open(newline="") as file:
         rows = [x for x in csv.DictReader(file) if int(x["budget"]) < int(x["visual_tokens"])]
-    # Okabe and Ito's colour-blind-safe palette; markers tell the series apart in print
-    styles = iter([("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#56b4e9", "v")])
     series: dict[tuple, list[dict]] = {}
     for x in rows:
         series.setdefault((int(x["visual_tokens"]), int(x["batch"]), x["scorer"]), []).append(x)
+    # Okabe and Ito's colour-blind-safe palette; markers tell the series apart in print
+    styles = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#56b4e9", "v")]
+    dashes = dict(zip(dict.fromkeys(visual for visual, *_ in series), [(0, (4, 2)), (0, (1, 1.2))], strict=False))
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
-    figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.1), sharey=True, layout="constrained")
-    for (visual, batch, scorer), found in series.items():
-        colour, marker = next(styles)
+    figure, panels = plt.subplots(1, 2, figsize=(7.2, 3.3), sharey=True, layout="constrained")
+    for i, ((visual, batch, scorer), found) in enumerate(series.items()):
+        colour, marker = styles[i % len(styles)]
         for axes, metric in zip(panels, ("prefill", "generate"), strict=True):
             points = sorted((x for x in found if x["metric"] == metric), key=lambda x: int(x["budget"]))
             share = [100 * int(x["budget"]) / visual for x in points]
-            middle, low, high, limit = (
-                [float(x[n]) for x in points] for n in ("ratio", "ratio_q1", "ratio_q3", "limit")
+            ratio, low, high, limit = (
+                [float(x[name]) for x in points] for name in ("ratio", "ratio_q1", "ratio_q3", "limit")
             )
-            label = f"{visual:,} tokens, batch {batch}, {scorer}"
-            axes.plot(share, limit, color=colour, linewidth=1, linestyle=(0, (4, 2)), alpha=0.8)
-            bars = [
-                [m - x for m, x in zip(middle, low, strict=True)],
-                [x - m for m, x in zip(middle, high, strict=True)],
-            ]
+            if metric == "prefill" and visual in dashes:  # the limit depends on the prompt alone
+                label = f"limit, {visual:,} tokens"
+                axes.plot(
+                    share, limit, color="#4d4d4d", linewidth=1, linestyle=dashes.pop(visual), label=label, zorder=1
+                )
+            bars = [[a - b for a, b in zip(ratio, low, strict=True)], [b - a for a, b in zip(ratio, high, strict=True)]]
             axes.errorbar(
-                share,
-                middle,
+                [x * 1.05 ** (i - (len(series) - 1) / 2) for x in share],  # side by side
+                ratio,
                 yerr=bars,
                 color=colour,
                 marker=marker,
                 markersize=4,
                 linewidth=0,
                 elinewidth=1,
-                label=label,
+                label=f"{visual:,} tokens, batch {batch}, {scorer}",
             )
-    for axes, title in zip(panels, ("Prefill", "Whole generation"), strict=True):
+    shares = sorted({100 * int(x["budget"]) / int(x["visual_tokens"]) for x in rows})
+    speeds = [2**i for i in range(8)]
+    for axes, title in zip(panels, ("Prefill", f"Generation of {rows[0]['new_tokens']} tokens"), strict=True):
         axes.set_title(title, loc="left", weight="bold")
         axes.set_xscale("log")
-        ticks = sorted({100 * int(x["budget"]) / int(x["visual_tokens"]) for x in rows})
-        axes.set_xticks(ticks, [f"{tick:.1f}" for tick in ticks])
+        axes.set_yscale("log")
+        axes.set_xticks(shares, [f"{share:.1f}" for share in shares])
+        axes.set_yticks(speeds, [f"{speed}x" for speed in speeds])
         axes.minorticks_off()
         axes.set_xlabel("visual tokens kept, average over the layers (%)")
-        axes.axhline(1, color="#b0b0b0", linewidth=0.8, zorder=0)
-        axes.grid(axis="y", color="#ececec", linewidth=0.6)
+        axes.grid(axis="y", color="#e6e6e6", linewidth=0.6)
         axes.set_axisbelow(True)
+    highest = max(float(x[name]) for x in rows for name in ("ratio_q3", "limit") if x["metric"] == "prefill")
+    panels[0].set_ylim(0.9, 1.15 * highest)
     panels[0].set_ylabel("speed-up over the unpatched model")
-    panels[0].set_ylim(bottom=0)
-    panels[1].plot([], [], color="#6b6b6b", linewidth=1, linestyle=(0, (4, 2)), label="limit: saving in arithmetic")
-    panels[1].legend(loc="upper right")
+    handles, labels = panels[0].get_legend_handles_labels()
+    order = sorted(range(len(labels)), key=lambda i: labels[i].startswith("limit"))
+    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside lower center", ncols=3)
     figure.savefig(path.with_suffix(".png"), dpi=300)
     plt.close(figure)
 
@@ -628,7 +640,7 @@ def main() -> None:
             if options.profile:
                 found = profile(model, setting, clock)
             else:
-                found = compare(model, setting, clock, 4 if options.quick else 16)
+                found = compare(model, setting, clock, new_tokens(options))
                 # the weights dominate it: one budget for each prompt shows what there is to see
                 if setting.tokens == 32 and setting.scorer == "diversity":
                     found += compare_memory(memory_of, setting)
@@ -637,7 +649,7 @@ def main() -> None:
             for x in found:
                 print("  " + "  ".join(f"{name} {value}" for name, value in x.items() if value != ""), flush=True)
             rows += [{**about, **x} for x in found]
-    write(output, rows)
+            write(output, rows)  # each time, so that a run that is stopped leaves what it had
     print(f"\nwrote {output}")
     if not options.profile:
         plot(output)
