@@ -65,7 +65,6 @@ def test_forward(kind, case, side):
         out = model(**inputs)
         check_sets(patch.trace, want)
         torch.testing.assert_close(out.logits[want.left], want.logits[want.left], **CLOSE)
-        print("largest", kind, case, float((out.logits - want.logits)[want.left].abs().max()))
         for i, row in enumerate(rows):
             alone = model(**batch([row])).logits[0]
             torch.testing.assert_close(out.logits[i][inputs["attention_mask"][i].bool()], alone, **CLOSE)
@@ -106,7 +105,6 @@ def test_generate(kind, beams, case):
     steps = want.logits[:, width - 1 : -1]
     if beams == 1:
         torch.testing.assert_close(torch.stack(out.logits, dim=1), steps, **CLOSE)
-        print("largest", kind, case, float((torch.stack(out.logits, dim=1) - steps).abs().max()))
         return
     # a beam's score is the oracle's log-likelihood of what it says
     likely = steps.log_softmax(-1).gather(2, out.sequences[:, width:, None]).sum(dim=(1, 2))
@@ -160,40 +158,46 @@ def positions_of(model, inputs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", KINDS)
-def test_second_turn_with_a_new_image(kind):
-    """transformers itself cannot count a second turn's image (it starts again at 0, or fails): positions are given."""
-    model, tokens, k = tiny_qwen(kind, seed=4), 4, 2
-    layers, language_model = model.model.language_model.layers, model.model.language_model
-    first, second = prompt(kind, 3, ("image", 3, 4), 5), prompt(kind, 2, ("image", 2, 5), 4, seed=1)
-    with lp_patch.applied(model, tokens=tokens, layer=k) as patch:
-        out = generate(model, batch([first]))
-        one = patch.trace
-        whole = joined(kind, first, said(kind, out.sequences[0, len(first["ids"]) :].tolist()), second)
-        inputs = batch([whole])
-        again = {**inputs, **{name: batch([second])[name] for name in ("pixel_values", "image_grid_thw")}}
-        again["position_ids"] = positions_of(model, inputs)
-        out = generate(model, again, past_key_values=out.past_key_values)
-        two = patch.trace
-    end = len(whole["ids"])
-    longer = joined(kind, whole, said(kind, out.sequences[0, end:].tolist()))
-    inputs = batch([longer])
-    old, new = longer["visual"]
+def check_second_image(model, inputs, old, new, traces, end, logits, *, tokens, k):
+    """Two turns of one row, an image each, against the masked oracle.
+
+    `inputs` hold both turns and what was generated since `end`; `old` and `new` are the images' positions.
+    """
+    language_model = model.model.language_model
+    layers, length = language_model.layers, inputs["input_ids"].shape[1]
 
     def gone(positions):
-        return torch.zeros(1, len(longer["ids"]), dtype=torch.bool).index_fill_(1, torch.tensor(positions), True)
+        return torch.zeros(1, length, dtype=torch.bool).index_fill_(1, torch.tensor(positions), True)
 
-    stay1, stay2 = ([old[i] for i in kept[0]] for kept in (one.stage1, one.stage2))
-    r1, r2 = budget(len(new), LAYERS, k, 3.0, tokens)
+    stay1, stay2 = ([old[i] for i in kept[0]] for kept in (traces[0].stage1, traces[0].stage2))
+    r1, r2 = budget(len(new), len(layers), k, 3.0, tokens)
     kept1 = [new[i] for i in chosen_before(merged(model, language_model, inputs)[0, new], r1, None, 0.1)]
     hidden = [(0, gone([p for p in old + new if p not in stay1 + kept1])), (k, gone(list(set(stay1) - set(stay2))))]
     maps = attention_map(model, layers, inputs, hidden, k - 1)
-    real = torch.ones(1, len(longer["ids"]), dtype=torch.bool)
-    kept2, _ = chosen_inside(maps, 0, kept1, new[-1], real, end, [], r2)
-    assert [new[i] for i in two.stage1[0]] == kept1
-    assert [new[i] for i in two.stage2[0]] == kept2
-    logits = masked_logits(model, layers, inputs, [*hidden, (k, gone(list(set(kept1) - set(kept2))))])
-    torch.testing.assert_close(torch.stack(out.logits, dim=1), logits[:, end - 1 : -1], **CLOSE)
+    kept2, _ = chosen_inside(maps, 0, kept1, new[-1], torch.ones(1, length, dtype=torch.bool), end, [], r2)
+    assert [new[i] for i in traces[1].stage1[0]] == kept1
+    assert [new[i] for i in traces[1].stage2[0]] == kept2
+    want = masked_logits(model, layers, inputs, [*hidden, (k, gone(list(set(kept1) - set(kept2))))])
+    torch.testing.assert_close(torch.stack(logits, dim=1), want[:, end - 1 : -1], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_turn_with_a_new_image(kind):
+    """transformers itself cannot count a second turn's image (it starts again at 0, or fails): positions are given."""
+    model = tiny_qwen(kind, seed=4)
+    first, second = prompt(kind, 3, ("image", 3, 4), 5), prompt(kind, 2, ("image", 2, 5), 4, seed=1)
+    with lp_patch.applied(model, tokens=4, layer=2) as patch:
+        out = generate(model, batch([first]))
+        one = patch.trace
+        whole = joined(kind, first, said(kind, out.sequences[0, len(first["ids"]) :].tolist()), second)
+        again = batch([whole])
+        again["position_ids"] = positions_of(model, again)
+        again |= {name: batch([second])[name] for name in ("pixel_values", "image_grid_thw")}
+        out = generate(model, again, past_key_values=out.past_key_values)
+        traces = one, patch.trace
+    end = len(whole["ids"])
+    longer = joined(kind, whole, said(kind, out.sequences[0, end:].tolist()))
+    check_second_image(model, batch([longer]), *longer["visual"], traces, end, out.logits, tokens=4, k=2)
 
 
 @torch.no_grad()
