@@ -1,9 +1,27 @@
 """LLaVA-NeXT, LLaVA-NeXT-Video, LLaVA-OneVision and Video-LLaVA, patched, against the masked oracle."""
 
+import numpy as np
 import pytest
 import torch
 from masked import expected
-from tiny_llava_family import CLASSES, IMAGE, TILED, VIDEO, WIDTH, WITH_VIDEO, batch, parts, row, tiny
+from PIL import Image
+from tiny_llava_family import (
+    CLASSES,
+    FRAMES,
+    IMAGE,
+    SHAPES,
+    TILE,
+    TILED,
+    VIDEO,
+    WIDTH,
+    WITH_VIDEO,
+    batch,
+    parts,
+    processor,
+    row,
+    row_of,
+    tiny,
+)
 
 import lp_patch
 
@@ -299,3 +317,53 @@ def test_line_breaks_are_known_by_any_dtype(family, dtype):
         assert patch.trace.visual_tokens == [one.counted]
         model.to(dtype)(**{name: x.to(dtype) if x.is_floating_point() else x for name, x in one.inputs().items()})
         assert patch.trace.visual_tokens == [one.counted]
+
+
+def pictures_of(shapes, seed):
+    """Images of these heights and widths."""
+    generator = np.random.default_rng(seed)
+    return [Image.fromarray(generator.integers(0, 255, (*SHAPES[shape][:2], 3), dtype=np.uint8)) for shape in shapes]
+
+
+@pytest.mark.parametrize("family", CLASSES)
+def test_processor_to_generate(family):
+    model, make = tiny(family, seed=9), processor(family)
+    texts = ["what is this <image> ?", "compare <image> to <image> and this ?", "what is this ?"]
+    images = [pictures_of(["tall"], 0), pictures_of(["wide", "square"], 1), []]
+    videos = [[], [], []]
+    if family in WITH_VIDEO:
+        texts += ["<video> what is this <image> ?"]
+        images += [pictures_of(["small"], 2)]
+        videos += [[np.random.default_rng(3).integers(0, 255, (FRAMES, TILE, TILE, 3), dtype=np.uint8)]]
+
+    def process(texts, images, videos):
+        # LLaVA-OneVision cuts an image into tiles only where it is its prompt's single one
+        images = [x for x in images if x] if family == "llava_onevision" else [image for x in images for image in x]
+        videos = [video for x in videos for video in x]
+        options = {"return_legacy_image_output": False} if family == "video_llava" else {}  # its default is deprecated
+        options |= {"return_tensors": "pt", "padding": True}
+        return make(text=texts, images=images or None, videos=videos or None, **options).to(torch.float64)
+
+    rows = [row_of(model, process([t], [i], [v])) for t, i, v in zip(texts, images, videos, strict=True)]
+    inputs = process(texts, images, videos)
+    with lp_patch.applied(model, tokens=5) as patch:
+        out = generate(model, inputs)
+    assert [len(x.visual) for x in rows] == [1, 2, 0, 2][: len(rows)]
+    assert patch.trace.visual_tokens == [one.counted for one in rows]
+    for i, one in enumerate(rows):
+        check_steps(out, i, model, one, inputs["input_ids"].shape[1], tokens=5)
+    if family == "llava_onevision":
+        assert patch.trace.visual_tokens[1] == 2 * 16  # two images, neither tiled
+
+
+def test_onevision_shrinks_large_images():
+    model = tiny("llava_onevision", seed=10, vision_aspect_ratio="anyres_max_2")
+    rows = rows_of(model, [(2, "square", 5), (3, "small", 1)])
+    whole = row(tiny("llava_onevision"), 2, "square", 5)
+    assert rows[0].counted < whole.counted and len(rows[0].structural) < len(whole.structural)
+    inputs = batch(rows)
+    right = [want(model, one, tokens=5) for one in rows]
+    with lp_patch.applied(model, tokens=5) as patch, torch.no_grad():
+        logits = model(**inputs).logits
+    for i, one in enumerate(rows):
+        check_row(patch, i, logits[i][inputs["attention_mask"][i].bool()], one, right[i])

@@ -4,19 +4,29 @@ from dataclasses import dataclass
 
 import torch
 from masked import merged
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import WordLevel
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
+    LlavaNextVideoProcessor,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionImageProcessorPil,
+    LlavaOnevisionProcessor,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     SiglipVisionConfig,
     VideoLlavaConfig,
     VideoLlavaForConditionalGeneration,
+    VideoLlavaImageProcessor,
+    VideoLlavaProcessor,
 )
 
 PAD, IMAGE, EOS, BOS, VIDEO, VOCAB = 0, 1, 2, 3, 4, 60
@@ -157,8 +167,25 @@ def row(model, *prompt, seed=0):
         shown["pixel_values"] = torch.cat(images)
     if videos:
         shown["pixel_values_videos"] = torch.cat(videos)
-    breaks = line_breaks(model, Row(ids, groups, [], shown).inputs())
-    return Row(ids, [[p for p in x if p not in breaks] for x in groups], breaks, shown)
+    return counted(model, Row(ids, groups, [], shown))
+
+
+def row_of(model, inputs):
+    """The same from what a processor makes of one prompt, whose pictures have text between them."""
+    ids = inputs["input_ids"][0].tolist()
+    groups = []
+    for i, token in enumerate(ids):
+        if token in (IMAGE, VIDEO):
+            groups += [] if i and ids[i - 1] == token else [[]]
+            groups[-1].append(i)
+    shown = {name: x for name, x in inputs.items() if name not in ("input_ids", "attention_mask")}
+    return counted(model, Row(ids, groups, [], shown))
+
+
+def counted(model, one):
+    """The row with its line breaks told from its visual tokens."""
+    breaks = line_breaks(model, one.inputs())
+    return Row(one.ids, [[p for p in x if p not in breaks] for x in one.visual], breaks, one.shown)
 
 
 @torch.no_grad()
@@ -192,3 +219,45 @@ def batch(rows, side="left"):
         if own:
             shown[name] = torch.cat(own)
     return {"input_ids": ids, "attention_mask": mask, **shown}
+
+
+WORDS = ["<pad>", "<image>", "</s>", "<s>", "<video>", "<unk>", "what", "is", "this", "compare", "to", "and", "?"]
+
+
+def processor(family):
+    """The family's real processor, built offline. Without torchvision, `frames` stands in for its video processor."""
+    words = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        additional_special_tokens=["<image>", "<video>"],
+        padding_side="left",
+    )
+    grid = [[TILE * h, TILE * w] for h, w in GRID]
+    square, shortest = {"height": TILE, "width": TILE}, {"shortest_edge": TILE}
+    clip = {"patch_size": PATCH, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    siglip = {"num_image_tokens": SIDE * SIDE, "vision_feature_select_strategy": "full"}
+    tiles = LlavaNextImageProcessorPil(size=shortest, crop_size=square, image_grid_pinpoints=grid)
+    kind, images, options = {
+        "llava_next": (LlavaNextProcessor, tiles, clip),
+        "llava_next_video": (LlavaNextVideoProcessor, tiles, clip),
+        "llava_onevision": (
+            LlavaOnevisionProcessor, LlavaOnevisionImageProcessorPil(size=square, image_grid_pinpoints=grid), siglip
+        ),
+        "video_llava": (VideoLlavaProcessor, VideoLlavaImageProcessor(size=shortest, crop_size=square), clip),
+    }[family]  # fmt: skip
+
+    class Offline(kind):
+        def check_argument_for_proper_class(self, name, argument):
+            return type(argument)  # our stand-in is no video processor
+
+    return Offline(image_processor=images, tokenizer=tokenizer, video_processor=frames, **options)
+
+
+def frames(videos, **_):
+    """Arrays (FRAMES, TILE, TILE, 3) of bytes to what video processors hand out."""
+    stacked = torch.stack([torch.as_tensor(video) for video in videos])
+    return {"pixel_values_videos": stacked.movedim(-1, 2) / 127.5 - 1}
