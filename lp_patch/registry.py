@@ -24,6 +24,11 @@ BUILT_IN = (
     "qwen3_vl_moe",
     "internvl",
 )
+UNFIT = {
+    "gemma3": "its image tokens attend to one another in both directions, and most of its layers only to a window",
+    "paligemma": "its prompt, image tokens included, attends in both directions",
+    "mllama": "it reads pictures through cross-attention, so its prompt holds no visual tokens",
+}  # known not to fit, and why
 
 
 class Modality(NamedTuple):
@@ -179,9 +184,12 @@ def find_parts(model: object) -> Parts:
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
     _load_adapters()
     if model_type not in _adapters:
+        given = f"{type(inner).__name__} (model type {model_type!r})"
+        known = f"Supported model types: {', '.join(sorted(_adapters))}"
+        if model_type in UNFIT:
+            raise UnsupportedModelError(f"{given} cannot be pruned: {UNFIT[model_type]}. {known}")
         raise UnsupportedModelError(
-            f"no adapter for {type(inner).__name__} (model type {model_type!r}). Supported model types: "
-            f"{', '.join(sorted(_adapters))}. CONTRIBUTING.md shows how to add one in a short file; lp_patch.register "
+            f"no adapter for {given}. {known}. CONTRIBUTING.md shows how to add one in a short file; lp_patch.register "
             "or an entry point makes it known"
         )
     adapter = _adapters[model_type]
