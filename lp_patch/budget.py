@@ -48,9 +48,3 @@ def stage_budget(
         return StageBudget(present, present)
     stage2 = max(1, math.ceil(n_layers * average / (stage_ratio * layer + wipe - layer) - _EPSILON))
     return StageBudget(min(round(stage_ratio * stage2), present), min(stage2, present))
-
-
-def tokens_per_layer(budget: StageBudget, n_layers: int, layer: int, wipe_layer: int | None = None) -> list[int]:
-    """Visual tokens that each decoder layer runs on, first layer first; ``n_layers`` entries."""
-    wipe = n_layers if wipe_layer is None else wipe_layer
-    return [budget.stage1 if i < layer else budget.stage2 if i < wipe else 0 for i in range(n_layers)]

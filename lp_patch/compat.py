@@ -14,6 +14,10 @@ from transformers.masking_utils import create_causal_mask
 _LAYER_INDEX = "layer_idx" in inspect.signature(create_causal_mask).parameters
 
 
+# methods of generate() that may cut a prompt into chunks
+PREFILL_METHODS = ("_prefill", "_prefill_chunking")
+
+
 class _OneLayer:
     """A cache of which mask builders see a single layer: before 5.x they always asked for the first one."""
 
@@ -24,7 +28,7 @@ class _OneLayer:
         self._cache, self._layer = cache, layer
 
     def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
-        return self._cache.get_mask_sizes(cache_position, self._layer)
+        return self._cache.get_mask_sizes(cache_position, self._layer)  # type: ignore[arg-type]
 
 
 def causal_mask(config: Any, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None, layer: int) -> Any:

@@ -1,13 +1,17 @@
 """PruningConfig: every option of the method, frozen and validated."""
 
 import difflib
+import json
 import math
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
 
 DEFAULT_RATIO = 2 / 9
+CONFIG_FILE = "pruning.json"
+FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -68,6 +72,31 @@ class PruningConfig:
         if self.positions not in ("original", "compact"):
             raise ConfigError(f'positions must be "original" or "compact", got {self.positions!r}')
         _integer("seed", self.seed, low=0)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``pruning.json`` into `folder`, which is made if missing."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {"format_version": FORMAT_VERSION, **asdict(self)}
+        (folder / CONFIG_FILE).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "PruningConfig":
+        """Read ``pruning.json`` of `folder`; values are checked like arguments.
+
+        Raises:
+            ConfigError: no such file, not JSON, a newer format, an unknown option or a wrong value.
+        """
+        path = Path(folder) / CONFIG_FILE
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"cannot read the settings {str(path)!r}: {error}") from error
+        if not isinstance(content, dict) or content.pop("format_version", None) != FORMAT_VERSION:
+            raise ConfigError(
+                f"{str(path)!r} is no settings file of format_version {FORMAT_VERSION}, which this lp_patch reads"
+            )
+        return make_config(None, content)
 
     def average(self, present: int) -> float:
         """The budget of an input that has `present` visual tokens: tokens averaged over all decoder layers."""

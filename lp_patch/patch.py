@@ -13,9 +13,9 @@ import wrapt
 from torch import nn
 
 from .attention import install_tap
-from .compat import merging_module
+from .compat import PREFILL_METHODS, merging_module
 from .config import PruningConfig, make_config
-from .pruner import LearnablePruner, resolve_pruner
+from .pruner import WEIGHTS_FILE, LearnablePruner, resolve_pruner
 from .registry import Parts, find_parts, unwrap
 from .report import Report, make_report
 from .surgery import Surgery
@@ -58,6 +58,12 @@ class Patch:
             self.trace, self._parts.layers, model.config, model.dtype.itemsize, self._surgery.shape.layer
         )
 
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the settings, and the pruner if there is one: `lp_patch.apply(model, folder)` patches alike."""
+        self.config.save(folder)
+        if self._surgery.pruner is not None:
+            self._surgery.pruner.save_pretrained(folder)
+
     def remove(self) -> None:
         """Take everything back, bit for bit. Does nothing the second time."""
         while self._undo:
@@ -85,6 +91,9 @@ class Patch:
         try:
             for modality in parts.modalities:
                 self._wrap(parts.base, modality.encode, partial(surgery.around_encode, modality.name))
+            for name in PREFILL_METHODS:
+                if hasattr(parts.model, name):
+                    self._wrap(parts.model, name, surgery.around_prefill)
             if hasattr(parts.model, "_get_candidate_generator"):
                 self._wrap(parts.model, "_get_candidate_generator", surgery.around_candidates)
                 self._hook(parts.model.register_forward_pre_hook(surgery.before_model, with_kwargs=True))
@@ -142,7 +151,7 @@ def _find(model: object) -> Patch | None:
 
 def apply(
     model: nn.Module,
-    config: PruningConfig | None = None,
+    config: PruningConfig | str | Path | None = None,
     *,
     pruner: LearnablePruner | str | Path | None = None,
     **options: Any,
@@ -152,7 +161,8 @@ def apply(
     Args:
         model: a transformers vision-language model, also inside PEFT, `torch.compile` or DDP; only this instance
             changes.
-        config: options as a `PruningConfig`.
+        config: options as a `PruningConfig`, or a folder that `Patch.save_pretrained` wrote: its settings, and its
+            pruner if it holds one and none is given.
         pruner: trained stage-1 weights: a Hub id, a folder, or a `LearnablePruner`. None: training-free.
         options: fields of `PruningConfig`; they override `config`.
 
@@ -164,6 +174,11 @@ def apply(
         UnsupportedModelError: no adapter fits, or a declared patch point is missing.
         PrunerError: the pruner cannot be loaded or reads another width.
     """
+    if isinstance(config, (str, Path)):
+        folder = Path(config)
+        config = PruningConfig.load(folder)
+        if pruner is None and (folder / WEIGHTS_FILE).exists():
+            pruner = folder
     settings = make_config(config, options)
     parts = find_parts(model)
     patch = Patch(parts, settings, resolve_pruner(pruner, parts.width))
@@ -189,7 +204,7 @@ def is_applied(model: nn.Module) -> bool:
 @contextmanager
 def applied(
     model: nn.Module,
-    config: PruningConfig | None = None,
+    config: PruningConfig | str | Path | None = None,
     *,
     pruner: LearnablePruner | str | Path | None = None,
     **options: Any,

@@ -97,8 +97,8 @@ class LearnablePruner(nn.Module):
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if found != expected:
             raise PrunerError(f"{WEIGHTS_FILE} of {str(source)!r} holds {found}, but {CONFIG_FILE} asks for {expected}")
-        if not all(tensor.is_floating_point() for tensor in weights.values()):
-            raise PrunerError(f"{WEIGHTS_FILE} of {str(source)!r} must hold floating-point tensors")
+        if not all(tensor.is_floating_point() and tensor.isfinite().all() for tensor in weights.values()):
+            raise PrunerError(f"{WEIGHTS_FILE} of {str(source)!r} must hold finite floating-point numbers")
         pruner.load_state_dict(weights, assign=True)
         return pruner.eval()
 

@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from . import cache as kv
 from .attention import Observer, check_tappable
@@ -270,6 +271,20 @@ class Surgery:
     # ------------------------------------------------------------------ the whole model
 
     @torch.compiler.disable
+    def around_prefill(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        """Wraps the prefill of generate(): a prompt in chunks cannot ask about images of an earlier chunk."""
+        given = [*args, *kwargs.values()]
+        size = next((x.prefill_chunk_size for x in given if isinstance(x, GenerationConfig)), None)
+        named = [kwargs, *(x for x in given if isinstance(x, dict))]
+        shown = [name for x in named for name in x if _shows_images(name, x[name])]
+        if size is not None and shown:
+            raise UnsupportedInputError(
+                f"prefill_chunk_size={size} cuts the prompt between its images ({', '.join(shown)}) and the question, "
+                "which stage 2 needs together: pass prefill_chunk_size=None, or remove the patch"
+            )
+        return wrapped(*args, **kwargs)
+
+    @torch.compiler.disable
     def around_candidates(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         """Wraps the start of assisted decoding, whose first forward shows the prompt and guesses after it."""
         self.local.assisted = True
@@ -289,7 +304,7 @@ class Surgery:
         run = self.local.run = Run(started=True)
         run.ids = kwargs.get("input_ids", args[0] if args else None)
         run.embeds = kwargs.get("inputs_embeds")
-        run.shown = any(name.startswith("pixel_values") and kwargs[name] is not None for name in kwargs)
+        run.shown = any(_shows_images(name, kwargs[name]) for name in kwargs)
         for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
             if output is not None:
                 run.features[modality] = list(output.pooler_output)
@@ -617,6 +632,11 @@ class Surgery:
         if message not in self.warned:
             self.warned.add(message)
             warnings.warn(message, stacklevel=2)
+
+
+def _shows_images(name: str, value: Any) -> bool:
+    """Whether an argument of a forward brings pictures, raw or encoded."""
+    return value is not None and (name.startswith("pixel_values") or (name == "mm_encoder_outputs" and len(value) > 0))
 
 
 def _is_removed(features: Tensor) -> Tensor:

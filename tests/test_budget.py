@@ -3,15 +3,11 @@
 import math
 from fractions import Fraction
 
-import hypothesis
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lp_patch.budget import StageBudget, default_layer, stage_budget, tokens_per_layer
-
-hypothesis.settings.register_profile("steady", deadline=None, derandomize=True)  # a loaded machine is no failure
-hypothesis.settings.load_profile("steady")
+from lp_patch.budget import default_layer, stage_budget
 
 
 @pytest.mark.parametrize(
@@ -87,9 +83,7 @@ def test_against_exact_fractions(case):
 def test_true_average_meets_the_budget(case):
     average, present, n_layers, layer, ratio, wipe = case
     got = stage_budget(float(average), present, n_layers, layer, float(ratio), wipe)
-    per_layer = tokens_per_layer(got, n_layers, layer, wipe)
-    assert len(per_layer) == n_layers
-    true = Fraction(sum(per_layer), n_layers)
+    true = Fraction(got.stage1 * layer + got.stage2 * ((wipe or n_layers) - layer), n_layers)
     # one more stage-2 token costs `step`; rounding stage 1 moves the sum by half a token in each of its layers
     step = (ratio * layer + (wipe or n_layers) - layer) / n_layers
     rounding = Fraction(layer, 2 * n_layers)
@@ -144,12 +138,6 @@ def test_ratio_one_is_one_stage():
 def test_float_noise_does_not_buy_a_token(share):
     # share/100 of 700 tokens is a whole number, which a float quotient may exceed by an ulp
     assert stage_budget(share / 100 * 700, 700, 10, 3, 1.0) == (7 * share, 7 * share)
-
-
-def test_tokens_per_layer_in_order():
-    assert tokens_per_layer(StageBudget(9, 3), 6, 2) == [9, 9, 3, 3, 3, 3]
-    assert tokens_per_layer(StageBudget(9, 3), 6, 2, 4) == [9, 9, 3, 3, 0, 0]
-    assert tokens_per_layer(StageBudget(9, 3), 6, 2, 6) == [9, 9, 3, 3, 3, 3]
 
 
 @pytest.mark.parametrize(("n_layers", "expected"), [(2, 1), (3, 1), (4, 2), (24, 9), (28, 10), (32, 12), (40, 15)])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import expected, generated
 from test_forward import CASES, DTYPES, split_options
-from tiny import N, PAD, batch, images, tiny_llava, tokens
+from tiny import PAD, PRE_ENCODES, N, batch, images, pre_encodes, since_5, tiny_llava, tokens
 from transformers import DynamicCache, QuantizedCache, StaticCache, TextIteratorStreamer
 
 import lp_patch
@@ -51,8 +51,10 @@ def test_greedy(case, kv_heads, attention):
 def test_padded_batch(case, attention, beams):
     model = tiny_llava(seed=7, kv_heads=2, attention=attention, dtype=DTYPES[attention])
     ours, theirs = split_options(CASES[case])
-    prompts = [tokens(3, "image", 9), tokens(2, "image", 4, "image", 3, seed=1), tokens(6, seed=2)]
-    pixels = images(3, dtype=DTYPES[attention])
+    # older beams repeat raw images one by one, which mixes up the prompts of several
+    second = (2, "image", 4, "image", 3) if beams == 1 or PRE_ENCODES else (2, "image", 7)
+    prompts = [tokens(3, "image", 9), tokens(*second, seed=1), tokens(6, seed=2)]
+    pixels = images(1 + second.count("image"), dtype=DTYPES[attention])
     inputs = batch(prompts, pixels)
     own = [pixels[:1], pixels[1:], pixels[:0]]
     with lp_patch.applied(model, **ours):
@@ -73,8 +75,9 @@ def test_padded_batch(case, attention, beams):
 
 def test_sampling_several_sequences():
     model = tiny_llava(seed=8)
-    prompts = [tokens(3, "image", 9), tokens(2, "image", 4, "image", 3, seed=1)]
-    pixels = images(3)
+    second = (2, "image", 4, "image", 3) if PRE_ENCODES else (2, "image", 7)
+    prompts = [tokens(3, "image", 9), tokens(*second, seed=1)]
+    pixels = images(1 + second.count("image"))
     inputs = batch(prompts, pixels)
     with lp_patch.applied(model, tokens=5):
         torch.manual_seed(0)
@@ -96,6 +99,7 @@ def test_without_cache_every_step_is_a_prefill():
         full.append(new)
 
 
+@since_5
 @pytest.mark.parametrize("how", ["full ids", "new ids"])
 @pytest.mark.parametrize("case", ["tokens", "wipe", "compact"])
 @pytest.mark.parametrize("second", ["text", "image"])
@@ -149,10 +153,11 @@ def test_manual_turns_of_a_padded_batch(case, attention):
     for i, row in enumerate(ids):
         lengths = [len(part) for part in row]
         turns = [sum(lengths[:1]), sum(lengths[:2]), sum(lengths[:3])]
-        want = expected(model, sum(row, []), own[i], turns=turns, **theirs)
+        want = expected(model, [t for part in row for t in part], own[i], turns=turns, **theirs)
         torch.testing.assert_close(torch.cat(got[i]), want.logits, **CLOSE)
 
 
+@since_5
 @pytest.mark.parametrize("options", [{"prompt_lookup_num_tokens": 2}, {"assistant": True}])
 def test_assisted_decoding_equals_greedy(options):
     model = tiny_llava(seed=13)
@@ -165,6 +170,7 @@ def test_assisted_decoding_equals_greedy(options):
     assert out[0, len(ids) :].tolist() == generated(model, ids, pixels, 12, tokens=5)
 
 
+@pre_encodes
 @torch.no_grad()
 @pytest.mark.parametrize("encoded", ["patched", "unpatched"])
 def test_features_from_the_caller(encoded):
@@ -191,6 +197,7 @@ def test_features_from_the_caller(encoded):
     assert len(stage1) == 9
 
 
+@pre_encodes
 def test_features_from_outside_warn_once_if_the_scorer_needs_the_encoder():
     model = tiny_llava(seed=15)
     features = model.get_image_features(images(1), return_dict=True)
@@ -212,6 +219,7 @@ def test_inputs_embeds_with_placeholders():
     torch.testing.assert_close(got, expected(model, ids, pixels, tokens=5).logits, **CLOSE)
 
 
+@pre_encodes
 def test_merged_pruned_features_are_refused():
     model = tiny_llava(seed=16)
     embeds = model.get_input_embeddings()(torch.tensor([tokens(3, "image", 9)])).detach()
@@ -325,3 +333,21 @@ def test_padding_never_counts():
         }
         long = model.generate(**padded, max_new_tokens=NEW, do_sample=False)
     assert short[0, len(ids) :].tolist() == long[0, 20 + len(ids) :].tolist()
+
+
+def test_chunked_prefill_is_refused_with_images_and_free_without():
+    model = tiny_llava(seed=23)
+    ids, pixels = tokens(3, "image", 9), images(1)
+    with lp_patch.applied(model, tokens=5):
+        with pytest.raises(lp_patch.UnsupportedInputError, match="prefill_chunk_size=8"):
+            model.generate(**batch([ids], pixels), max_new_tokens=2, do_sample=False, prefill_chunk_size=8)
+        text = tokens(20)
+        out = model.generate(**batch([text], None), max_new_tokens=NEW, do_sample=False, prefill_chunk_size=8)
+    assert out[0, 20:].tolist() == generated(model, text, None, NEW)
+
+
+def test_attentions_are_those_of_the_tokens_that_ran():
+    model = tiny_llava(seed=24, attention="eager", dtype=torch.float32)
+    with lp_patch.applied(model, tokens=5), torch.no_grad():
+        out = model(**batch([tokens(3, "image", 9)], images(1, dtype=torch.float32)), output_attentions=True)
+    assert [tuple(x.shape[2:]) for x in out.attentions] == [(21, 21)] * 2 + [(15, 15)] * 4

@@ -336,3 +336,30 @@ def test_images_that_go_unpruned_are_announced_once():
             model(**inputs_for(model))
         assert len(caught) == 1 and patch.trace.visual_tokens == [0]
         model.model.get_image_features = encode
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_saved_setting_patches_alike(tmp_path, learned):
+    model = tiny_llava()
+    given = make_pruner() if learned else None
+    with lp_patch.applied(model, tokens=5, stage_ratio=2, final_wipe_layer=5, pruner=given) as patch:
+        patch.save_pretrained(tmp_path)
+        want, config = answer(model), patch.config
+    with lp_patch.applied(model, tmp_path) as patch:
+        assert answer(model) == want and patch.config == config
+        assert (patch._surgery.scorer.name == "learned") == learned
+    with lp_patch.applied(model, str(tmp_path), ratio=0.5) as patch:
+        assert (patch.config.tokens, patch.config.ratio, patch.config.final_wipe_layer) == (None, 0.5, 5)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"tokens": 5}', '{"format_version": 2, "tokens": 5}', '{"format_version": 1, "token": 5}',
+     '{"format_version": 1, "tokens": -5}'],
+)  # fmt: skip
+def test_a_wrong_setting_file_is_refused(tmp_path, content):
+    (tmp_path / "pruning.json").write_text(content)
+    with pytest.raises(lp_patch.ConfigError):
+        lp_patch.apply(tiny_llava(), tmp_path)
+    with pytest.raises(lp_patch.ConfigError, match="cannot read"):
+        lp_patch.apply(tiny_llava(), tmp_path / "nowhere")

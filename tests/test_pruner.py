@@ -205,7 +205,7 @@ def test_weights_that_are_no_floats(folder, dtype):
     path = folder / "model.safetensors"
     weights = load_file(path)
     save_file({**weights, "fc2.bias": weights["fc2.bias"].to(dtype)}, path)
-    refused(folder, "must hold floating-point tensors")
+    refused(folder, "must hold finite floating-point numbers")
 
 
 class Bomb:

@@ -1,7 +1,15 @@
 """Tiny random models and inputs, built from configs: nothing is downloaded."""
 
+import pytest
 import torch
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+import transformers
+from transformers import CLIPVisionConfig, GenerationMixin, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+# what older transformers cannot do themselves, patched or not
+PRE_ENCODES = hasattr(GenerationMixin, "_expand_multimodal_outputs")  # images before the prefill, repeated by prompt
+V5 = int(transformers.__version__.split(".")[0]) >= 5
+since_5 = pytest.mark.skipif(not V5, reason="transformers 4 generates on a kept cache otherwise")
+pre_encodes = pytest.mark.skipif(not PRE_ENCODES, reason="this transformers takes no encoded features")
 
 IMAGE = 1
 PAD = 0
