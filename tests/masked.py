@@ -27,6 +27,7 @@ class Expected:
     scores1: list[list[float]]
     scores2: list[dict[int, float]]
     left: torch.Tensor  # (B, S) bool: tokens that are still there in the last layer
+    hidden: list[tuple[int, torch.Tensor]]  # what vanished, and when
 
 
 def masks(inputs, hidden, n_layers, dtype):
@@ -128,13 +129,14 @@ def chosen_inside(maps, row, positions, last_visual, there, end, structural, cou
 def expected(
     model, layers, language_model, inputs, visual, *, tokens=None, ratio=2 / 9, layer=None, stage_ratio=3.0,
     diversity=0.1, wipe=None, pruner=None, features=None, structural=None, end=None, attention="self_attn",
-    positions="original",
+    positions="original", earlier=(),
 ):  # fmt: skip
     """What a batch must give; options as `oracle.expected` has them.
 
     `features`: rows -> visual inputs -> (n, C) that stage 1 looks at; by default what the language model is given.
     `structural`: rows -> positions that are neither counted nor text. `end`: where the prompt ended, if tokens that
-    were generated (or a later text turn) follow; they choose nothing.
+    were generated (or a later text turn) follow; they choose nothing. `earlier`: the `hidden` of an earlier turn, whose
+    pictures choose no more; `visual` has those of this turn.
     """
     n_layers = len(layers)
     k = layer or min(max(round(0.375 * n_layers), 1), n_layers - 1)
@@ -169,7 +171,7 @@ def expected(
     stay2, scores2 = [], []
     maps = None
     if stage_ratio > 1 and any(sum(r2 for _, r2 in b) < len(x) for b, x in zip(budgets, kept, strict=True)):
-        maps = attention_map(model, layers, inputs, [(0, first)], k - 1, attention)
+        maps = attention_map(model, layers, inputs, [*earlier, (0, first)], k - 1, attention)
     for row, own in enumerate(visual):
         wanted = sum(r2 for _, r2 in budgets[row])
         stay, scores = kept[row], {}
@@ -183,7 +185,8 @@ def expected(
         if wipe is not None and wipe < n_layers and pruned:
             third[row, stay] = True
 
-    hidden = [(0, first), (k, second), (n_layers if wipe is None else wipe, third)]
+    hidden = [*earlier, (0, first), (k, second), (n_layers if wipe is None else wipe, third)]
+    gone = torch.stack([gone for _, gone in hidden]).any(dim=0)
     numbers = [{p: i for i, p in enumerate(sorted(p for x in own for p in x))} for own in visual]
     return Expected(
         masked_logits(model, layers, inputs, hidden),
@@ -191,5 +194,6 @@ def expected(
         [[n[p] for p in x] for n, x in zip(numbers, stay2, strict=True)],
         scores1,
         [{n[p]: s for p, s in x.items()} for n, x in zip(numbers, scores2, strict=True)],
-        real & ~first & ~second & ~third,
+        real & ~gone,
+        hidden,
     )

@@ -15,7 +15,9 @@ from tiny_llava_family import (
     VIDEO,
     WIDTH,
     WITH_VIDEO,
+    Row,
     batch,
+    joined,
     parts,
     processor,
     row,
@@ -226,6 +228,30 @@ def test_text_turn_on_the_kept_cache(family, case):
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         out = generate(model, turn, past_key_values=first.past_key_values)
     check_steps(out, 0, model, one, ids.shape[1], more, **theirs)
+
+
+@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("case", ["tokens", "wipe"])
+def test_turn_with_pictures_on_the_kept_cache(family, case):
+    model = tiny(family, seed=5)
+    ours, theirs = split_options(CASES[case])
+    one = row(model, *((2, "video", 3, "tall", 4) if family in WITH_VIDEO else (2, "tall", 3, "small", 4)))
+    two = row(model, *((2, "small", 3, "video", 4) if family in WITH_VIDEO else (2, "wide", 3)), seed=1)
+    with lp_patch.applied(model, **ours) as patch:
+        first = generate(model, one.inputs())
+        said = Row(first.sequences[0, len(one.ids) :].tolist(), [], [], {})
+        both = joined([one, said, two])
+        ids = torch.tensor([both.ids])
+        turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **two.shown}
+        out = generate(model, turn, past_key_values=first.past_key_values)
+    new = out.sequences[0, ids.shape[1] :].tolist()
+    then, now = both.visual[: len(one.visual)], both.visual[len(one.visual) :]
+    given = {"structural": [both.structural], **theirs}
+    before = expected(model, *parts(model), both.inputs(new), [then], end=len(one.ids), **given)
+    right = expected(model, *parts(model), both.inputs(new), [now], end=len(both.ids), earlier=before.hidden, **given)
+    assert (patch.trace.stage1[0].tolist(), patch.trace.stage2[0].tolist()) == (right.stage1[0], right.stage2[0])
+    for step, logits in enumerate(out.logits):
+        torch.testing.assert_close(logits[0], right.logits[0, len(both.ids) - 1 + step], **CLOSE)
 
 
 @pytest.mark.parametrize("family", CLASSES)

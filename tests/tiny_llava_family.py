@@ -210,6 +210,22 @@ def batch(rows, side="left"):
         where = slice(length - len(x.ids), length) if side == "left" else slice(0, len(x.ids))
         ids[i, where] = torch.tensor(x.ids)
         mask[i, where] = 1
+    return {"input_ids": ids, "attention_mask": mask, **together(rows)}
+
+
+def joined(rows):
+    """One prompt of several, one after the other."""
+    starts = [sum(len(x.ids) for x in rows[:i]) for i in range(len(rows))]
+    return Row(
+        [i for x in rows for i in x.ids],
+        [[start + p for p in own] for start, x in zip(starts, rows, strict=True) for own in x.visual],
+        [start + p for start, x in zip(starts, rows, strict=True) for p in x.structural],
+        together(rows),
+    )
+
+
+def together(rows):
+    """The pixel arguments of all rows."""
     shown = {}
     for name in ("pixel_values", "image_sizes", "pixel_values_videos"):
         own = [x.shown[name] for x in rows if name in x.shown]
@@ -218,7 +234,7 @@ def batch(rows, side="left"):
             own = [torch.cat([x, x.new_zeros(len(x), most - x.shape[1], *x.shape[2:])], 1) for x in own]
         if own:
             shown[name] = torch.cat(own)
-    return {"input_ids": ids, "attention_mask": mask, **shown}
+    return shown
 
 
 WORDS = ["<pad>", "<image>", "</s>", "<s>", "<video>", "<unk>", "what", "is", "this", "compare", "to", "and", "?"]
