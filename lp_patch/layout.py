@@ -53,6 +53,7 @@ def find_inputs(
     removed: Tensor,
     merge_adjacent: Sequence[bool],
     budget: Callable[[int], StageBudget],
+    split: Callable[[int, Tensor], list[int]] | None = None,
 ) -> list[VisualInput]:
     """Cut the placeholders of each row into visual inputs.
 
@@ -64,6 +65,7 @@ def find_inputs(
         merge_adjacent: per modality, whether features that follow one another without a token between are parts of one
             input.
         budget: from the number of counted tokens, what to keep.
+        split: (row, positions (n,) of one feature's tokens) -> sizes of the inputs that this feature holds.
     """
     found: list[VisualInput] = []
     for mask, lengths, merge in zip(masks, sizes, merge_adjacent, strict=True):
@@ -79,7 +81,11 @@ def find_inputs(
                         "placeholders one by one"
                     )
                 piece, positions = positions[:size], positions[size:]
-                if merge and pieces and piece[0] == pieces[-1][-1] + 1:
+                if size == 0:
+                    continue  # a row without images
+                if split is not None:
+                    pieces += piece.split(split(row, piece))
+                elif merge and pieces and piece[0] == pieces[-1][-1] + 1:
                     pieces[-1] = torch.cat([pieces[-1], piece])
                 else:
                     pieces.append(piece)

@@ -23,6 +23,9 @@ BUILT_IN = (
     "qwen3_vl",
     "qwen3_vl_moe",
     "internvl",
+    "mistral3",
+    "idefics3",
+    "smolvlm",
 )
 UNFIT = {
     "gemma3": "its image tokens attend to one another in both directions, and most of its layers only to a window",
@@ -64,6 +67,8 @@ class Adapter:
             a tiling): kept and not counted.
         merge_adjacent: features that follow one another without a token between are parts of one image (tiles) or
             video (frames), and share its budget; or the names of the modalities of which this holds.
+        split: (ids (S,), positions (n,) of one feature's tokens) of a row -> how many of them each image has, in order;
+            where the encoder returns a row's images as one feature. None: a feature is an image.
         first_cut: from the model's config, how many decoder layers must run before stage 2 may cut; None: one.
         cls_attention: from the merging module, the attention module whose [CLS] query ranks the features; None where
             the family has no [CLS] that ranks the projector's input one to one.
@@ -80,6 +85,7 @@ class Adapter:
     width: Callable[[Any], int] | None = None
     structural: Callable[[Any, Tensor], Tensor] | None = None
     merge_adjacent: bool | tuple[str, ...] = False
+    split: Callable[[Tensor, Tensor], list[int]] | None = None
     first_cut: Callable[[Any], int] | None = None
     cls_attention: Callable[[Any], nn.Module] | None = None
     language_model: str = "language_model"

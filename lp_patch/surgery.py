@@ -389,7 +389,8 @@ class Surgery:
         sizes = [[x.shape[:-1].numel() for x in before.features[m.name]] for m in modalities]
         merge = self.parts.adapter.merge_adjacent
         merges = [merge if isinstance(merge, bool) else m.name in merge for m in modalities]
-        inputs = find_inputs(masks_h, sizes, structural_h, removed_h, merges, self.budget)
+        split = self._split(before)
+        inputs = find_inputs(masks_h, sizes, structural_h, removed_h, merges, self.budget, split)
         scores = _encoder_scores(inputs, [x for m in modalities for x in before.features[m.name]])
         if any(x.pending for x in inputs):
             removed = self._stage1_late(embeds, inputs, removed, scores)
@@ -451,6 +452,19 @@ class Surgery:
             kwargs["visual_pos_masks"] = _and(take(at, stage.index), stage.valid)
             kwargs["deepstack_visual_embeds"] = [x[chosen.to(x.device)] for x in kwargs["deepstack_visual_embeds"]]
         return args, kwargs
+
+    def _split(self, before: Run) -> Callable[[int, Tensor], list[int]] | None:
+        """Images within a feature, from the row's ids."""
+        split = self.parts.adapter.split
+        if split is None:
+            return None
+        if before.ids is None:
+            raise UnsupportedInputError(
+                f"{self.parts.adapter.family} tells a prompt's images apart by its token ids: give input_ids instead of "
+                "inputs_embeds"
+            )
+        ids = before.ids.cpu()
+        return lambda row, positions: split(ids[row], positions)
 
     def _stage1_late(
         self, embeds: Tensor, inputs: list[VisualInput], removed: Tensor, scores: list[InputScores]

@@ -1,0 +1,33 @@
+"""Idefics3: a row's images come as one feature, cut here where the prompt's own tokens say that one image ends."""
+
+from torch import Tensor
+
+from lp_patch.registry import Adapter
+
+
+def split_images(ids: Tensor, positions: Tensor) -> list[int]:
+    """Ids (S,) and visual positions (n,) of a row -> tokens of each of its images.
+
+    A tile is an opening token, one that says which tile it is, and the tile's own. Line breaks part the rows of tiles;
+    the whole image comes last, and the opening token after it closes the image.
+    """
+    tiles = positions.tensor_split((positions.diff() > 1).nonzero().flatten() + 1)
+    opening = int(ids[positions[0] - 2]) if positions[0] >= 2 else -1
+    sizes = [len(tiles[0])]
+    for tile, following in zip(tiles, tiles[1:], strict=False):
+        closed = int(ids[tile[-1] + 1]) == opening and int(following[0] - tile[-1]) != 3
+        if int(ids[following[0] - 2]) == opening and not closed:
+            sizes[-1] += len(following)
+        else:
+            sizes.append(len(following))
+    return sizes
+
+
+ADAPTER = Adapter(
+    model_type="idefics3",
+    family="Idefics3",
+    split=split_images,
+    language_model="text_model",
+    layers="text_model.layers",
+    rotary="text_model.rotary_emb",
+)

@@ -1,0 +1,14 @@
+"""SmolVLM: Idefics3's tiles and prompt. The frames of a video have text between them: here each is an image."""
+
+from lp_patch.registry import Adapter
+
+from .idefics3 import split_images
+
+ADAPTER = Adapter(
+    model_type="smolvlm",
+    family="SmolVLM",
+    split=split_images,
+    language_model="text_model",
+    layers="text_model.layers",
+    rotary="text_model.rotary_emb",
+)
