@@ -1,5 +1,7 @@
 """Idefics3: a row's images come as one feature, cut here where the prompt's own tokens say that one image ends."""
 
+from itertools import pairwise
+
 from torch import Tensor
 
 from lp_patch.registry import Adapter
@@ -14,7 +16,7 @@ def split_images(ids: Tensor, positions: Tensor) -> list[int]:
     tiles = positions.tensor_split((positions.diff() > 1).nonzero().flatten() + 1)
     opening = int(ids[positions[0] - 2]) if positions[0] >= 2 else -1
     sizes = [len(tiles[0])]
-    for tile, following in zip(tiles, tiles[1:], strict=False):
+    for tile, following in pairwise(tiles):
         closed = int(ids[tile[-1] + 1]) == opening and int(following[0] - tile[-1]) != 3
         if int(ids[following[0] - 2]) == opening and not closed:
             sizes[-1] += len(following)

@@ -460,7 +460,7 @@ class Surgery:
             return None
         if before.ids is None:
             raise UnsupportedInputError(
-                f"{self.parts.adapter.family} tells a prompt's images apart by its token ids: give input_ids instead of "
+                f"{self.parts.adapter.family} tells a prompt's images apart by its token ids: give input_ids, not "
                 "inputs_embeds"
             )
         ids = before.ids.cpu()
