@@ -42,3 +42,28 @@ def few_threads():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--matrix", action="store_true", help="note the outcomes for the README's table of modes")
+
+
+def pytest_sessionstart(session):
+    session.outcomes = {}
+
+
+def pytest_runtest_makereport(item, call):
+    if call.when == "call" or call.excinfo is not None:
+        # a skip is raised before or in the call; anything else that is raised is a failure
+        skipped = call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception)
+        outcome = "passed" if call.excinfo is None else "skipped" if skipped else "failed"
+        name = item.nodeid.split("[")[0].removeprefix("tests/")
+        item.session.outcomes.setdefault(name, []).append(outcome)
+
+
+def pytest_sessionfinish(session):
+    if session.config.getoption("--matrix"):
+        import matrix
+        import transformers
+
+        matrix.note(session.outcomes, transformers.__version__)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from oracle import expected
-from tiny import N, WIDTH, batch, images, tiny_llava, tokens
+from tiny import WIDTH, N, batch, images, tiny_llava, tokens
 
 import lp_patch
 

@@ -314,7 +314,7 @@ def test_quantised_cache_gives_a_near_answer():
     pytest.importorskip("optimum.quanto", reason="optimum-quanto is not installed")
     model = tiny_llava(seed=21, dtype=torch.float32)
     ids, pixels = tokens(3, "image", 9), images(1, dtype=torch.float32)
-    cache = QuantizedCache("quanto", model.config.text_config, nbits=4)
+    cache = QuantizedCache("quanto", model.config.text_config, nbits=4, q_group_size=16)
     with lp_patch.applied(model, tokens=5):
         out = model.generate(**batch([ids], pixels), past_key_values=cache, max_new_tokens=3, do_sample=False)
     assert out.shape[1] == len(ids) + 3 and cache.get_seq_length() == len(ids) + 2

@@ -3,6 +3,8 @@
 The long tier (`make test-long`) draws 500 examples anew and prints the seed of a failure.
 """
 
+import os
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,9 @@ import lp_patch
 MODELS = {heads: tiny_llava(seed=50 + heads, kv_heads=heads) for heads in (4, 2, 1)}
 
 # a prompt has some text; where its last image ends it, the last token asks
-row = st.lists(st.one_of(st.integers(1, 6), st.just("image")), min_size=1, max_size=4).filter(lambda x: set(x) != {"image"})
+row = st.lists(st.one_of(st.integers(1, 6), st.just("image")), min_size=1, max_size=4).filter(
+    lambda x: set(x) != {"image"}
+)
 rows = st.lists(row, min_size=1, max_size=3)
 options = st.fixed_dictionaries(
     {
@@ -30,7 +34,7 @@ options = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=None if settings.default.max_examples > 100 else 40)
+@settings(max_examples=500 if os.environ.get("HYPOTHESIS_PROFILE") == "long" else 40)
 @given(
     rows=rows,
     options=options,

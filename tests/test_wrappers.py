@@ -257,3 +257,63 @@ def test_trainer(tmp_path):
     with torch.no_grad():
         inputs = batch([IDS], images(1, dtype=torch.float32))
         torch.testing.assert_close(loaded.eval()(**inputs).logits, model.eval()(**inputs).logits)
+
+
+@pytest.mark.parametrize("order", ["patch first", "shard first"])
+@pytest.mark.parametrize("world", [1, 2])
+def test_fsdp2(world, order, tmp_path):
+    """Sharded over gloo processes, and patched before or after: the oracle's answers, and a clean removal."""
+    torch.multiprocessing.spawn(_fsdp2_rank, (world, order, str(tmp_path / "store")), nprocs=world)
+
+
+def _fsdp2_rank(rank, world, order, store):
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    model = tiny_llava(seed=39)
+    want = expected(model, IDS, images(1), tokens=5).logits
+    mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
+
+    def shard():
+        for layer in model.model.language_model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+    if order == "patch first":
+        lp_patch.apply(model, tokens=5)
+        shard()
+    else:
+        shard()
+        lp_patch.apply(model, tokens=5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**batch([IDS], images(1))).logits[0], want, **CLOSE)
+    lp_patch.remove(model)
+    assert not lp_patch.is_applied(model)
+    dist.destroy_process_group()
+
+
+def test_bitsandbytes_4_bit(tmp_path):
+    pytest.importorskip("bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    # its kernels want wide layers
+    tiny_llava(seed=40, dtype=torch.float32, hidden_size=128, intermediate_size=256).save_pretrained(tmp_path)
+    skip = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
+    four_bit = BitsAndBytesConfig(load_in_4bit=True, llm_int8_skip_modules=skip)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # bitsandbytes and torch talk about their own future
+        model = type(tiny_llava()).from_pretrained(tmp_path, quantization_config=four_bit, dtype=torch.float32).eval()
+        assert "Linear4bit" in type(model.model.language_model.layers[0].self_attn.q_proj).__name__
+        inputs = batch([IDS], images(1, dtype=torch.float32))
+        with torch.no_grad():
+            plain = model(**inputs).logits
+            with lp_patch.applied(model, tokens=5, scorer="cls") as patch:
+                model.generate(**inputs, max_new_tokens=3, do_sample=False)
+                got = model(**inputs).logits
+                kept = len(patch.trace.stage1[0]), len(patch.trace.stage2[0])
+                assert patch.report().flops_ratio < 0.5
+            assert kept == (9, 3)
+            assert got.shape == plain.shape and got.isfinite().all() and not torch.equal(got, plain)
+            assert torch.equal(model(**inputs).logits, plain)
