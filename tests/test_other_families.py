@@ -1,11 +1,13 @@
-"""From text and pictures, through the families' processors, to a patched model's answer; families that are refused."""
+"""Mistral 3, Idefics3 and SmolVLM against the masked oracle; the families' processors; families that are refused."""
 
 import numpy as np
 import pytest
+import tiny_others as others
 import torch
+from masked import expected
 from PIL import Image
 from test_internvl import with_positions
-from test_qwen import CLOSE, check_sets, generate, oracle
+from test_qwen import CLOSE, check_second_image, check_sets, generate, oracle, split_options
 from tiny_internvl import SIDE, tiny_internvl
 from tiny_qwen import PATCH, tiny_qwen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -23,6 +25,142 @@ from transformers import (
 )
 
 import lp_patch
+
+CASES = {
+    "tokens": {"tokens": 4, "layer": 2},
+    "learned": {"ratio": 1 / 4, "layer": 2, "pruner": True},
+    "wipe": {"tokens": 3, "layer": 2, "wipe": 4},
+}
+MIXED = {
+    "mistral3": [(3, ("image", 3, 4), 5), (2, ("image", 2, 5), ("image", 4, 3), 3), (6,)],
+    "idefics3": [
+        (6,),
+        (3, ("image", 2, 2), 5),
+        (2, ("image", 1, 1), ("image", 1, 2), 1, ("image", 2, 1), ("image", 1, 1), ("image", 1, 1), 3),
+        (("image", 1, 1), 4),
+    ],
+}
+
+
+def rows_of(kind):
+    parts = MIXED["mistral3" if kind == "mistral3" else "idefics3"]
+    return [others.prompt(kind, *row, seed=i) for i, row in enumerate(parts)]
+
+
+def masked(model, kind, inputs, where, **options):
+    language_model = model.model.language_model if kind == "mistral3" else model.model.text_model
+    return expected(model, language_model.layers, language_model, inputs, where, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("kind", others.KINDS)
+def test_forward(kind, case, side):
+    model = others.tiny(kind, seed=1)
+    ours, theirs = split_options(CASES[case])
+    rows = rows_of(kind)
+    inputs = others.batch(kind, rows, side=side)
+    want = masked(model, kind, inputs, others.visual(rows, side), **theirs)
+    with lp_patch.applied(model, **ours) as patch:
+        out = model(**inputs)
+        check_sets(patch.trace, want)
+        torch.testing.assert_close(out.logits[want.left], want.logits[want.left], **CLOSE)
+        for i, row in enumerate(rows):
+            alone = model(**others.batch(kind, [row])).logits[0]
+            torch.testing.assert_close(out.logits[i][inputs["attention_mask"][i].bool()], alone, **CLOSE)
+            assert patch.trace.stage2[0].tolist() == want.stage2[i]
+
+
+@pytest.mark.parametrize("case", ["tokens", "wipe"])
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("kind", others.KINDS)
+def test_generate(kind, beams, case):
+    model = others.tiny(kind, seed=2)
+    ours, theirs = split_options(CASES[case])
+    rows = rows_of(kind)
+    inputs = others.batch(kind, rows)
+    del inputs["position_ids"]
+    width = inputs["input_ids"].shape[1]
+    search = {"num_beams": beams, "num_return_sequences": beams, "length_penalty": 0.0} if beams > 1 else {}
+    with lp_patch.applied(model, **ours) as patch:
+        out = generate(model, inputs, output_scores=True, **search)
+    grown = [{**rows[i // beams], "ids": rows[i // beams]["ids"] + s[width:].tolist()} for i, s in enumerate(out[0])]
+    want = masked(model, kind, others.batch(kind, grown), others.visual(grown), end=width, **theirs)
+    check_sets(patch.trace, want)
+    steps = want.logits[:, width - 1 : -1]
+    if beams == 1:
+        torch.testing.assert_close(torch.stack(out.logits, dim=1), steps, **CLOSE)
+        return
+    # a beam's score is the oracle's log-likelihood of what it says
+    likely = steps.log_softmax(-1).gather(2, out.sequences[:, width:, None]).sum(dim=(1, 2))
+    torch.testing.assert_close(out.sequences_scores, likely, **CLOSE)
+
+
+@pytest.mark.parametrize("second", ["text", "image"])
+@pytest.mark.parametrize("kind", others.KINDS)
+def test_second_turn_on_a_kept_cache(kind, second):
+    model = others.tiny(kind, seed=3)
+    parts = (2, ("image", 2, 5), 4) if second == "image" else (5,)
+    first, second = others.prompt(kind, 3, ("image", 3, 4), 5), others.prompt(kind, *parts, seed=7)
+    with lp_patch.applied(model, tokens=4, layer=2) as patch:
+        out = generate(model, others.batch(kind, [first]))
+        one = patch.trace
+        said = out.sequences[0].tolist()
+        end = len(said) + len(second["ids"])
+        again = {**others.batch(kind, [second]), "input_ids": torch.tensor([said + second["ids"]])}
+        again |= {"attention_mask": torch.ones(1, end, dtype=torch.long)}
+        del again["position_ids"]
+        out = generate(model, again, past_key_values=out.past_key_values)
+        two = patch.trace
+    longer = {name: first[name] + second[name] for name in ("images", "sizes")}
+    longer["ids"] = said + second["ids"] + out.sequences[0, end:].tolist()
+    longer["visual"] = first["visual"] + [[p + len(said) for p in x] for x in second["visual"]]
+    inputs, language_model = others.batch(kind, [longer]), model.get_decoder()
+    if second["images"]:
+        check_second_image(
+            model, inputs, *longer["visual"], (one, two), end, out.logits, tokens=4, k=2, language_model=language_model
+        )
+        return
+    want = masked(model, kind, inputs, others.visual([longer]), end=len(first["ids"]), tokens=4, layer=2)
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), want.logits[:, end - 1 : -1], **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", others.KINDS)
+def test_nothing_to_prune_and_removal_bit_for_bit(kind):
+    model = others.tiny(kind, dtype=torch.float32)
+    inputs, text = others.batch(kind, rows_of(kind), torch.float32), others.batch(kind, [others.prompt(kind, 9)])
+    before, state = model(**inputs), dict(vars(model.model))
+    silent = model(**text).logits
+    with lp_patch.applied(model, ratio=1.0):
+        full = model(**inputs)
+        assert torch.equal(full.logits, before.logits)
+    with lp_patch.applied(model, tokens=3, layer=2):
+        assert torch.equal(model(**text).logits, silent)
+        assert not torch.equal(model(**inputs).logits, before.logits)
+    assert vars(model.model).keys() == state.keys()
+    assert torch.equal(model(**inputs).logits, before.logits)
+
+
+@pytest.mark.parametrize("kind", others.KINDS)
+def test_what_does_not_fit_is_refused(kind):
+    model = others.tiny(kind)
+    with pytest.raises(lp_patch.ConfigError, match=r"scorer='cls' needs a \[CLS\] token .*, which .* does not have"):
+        lp_patch.apply(model, scorer="cls")
+    with pytest.raises(lp_patch.PrunerError):
+        lp_patch.apply(model, pruner=lp_patch.LearnablePruner(others.HIDDEN + 1, 8))
+    assert not lp_patch.is_applied(model)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["idefics3", "smolvlm"])
+def test_images_are_told_apart_by_token_ids_alone(kind):
+    model = others.tiny(kind)
+    inputs = others.batch(kind, rows_of(kind))
+    inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    with lp_patch.applied(model, tokens=4), pytest.raises(lp_patch.UnsupportedInputError, match="give input_ids"):
+        model(**inputs)
 
 
 def tokenizer(special, named):

@@ -158,12 +158,12 @@ def positions_of(model, inputs):
 
 
 @torch.no_grad()
-def check_second_image(model, inputs, old, new, traces, end, logits, *, tokens, k):
+def check_second_image(model, inputs, old, new, traces, end, logits, *, tokens, k, language_model=None):
     """Two turns of one row, an image each, against the masked oracle.
 
     `inputs` hold both turns and what was generated since `end`; `old` and `new` are the images' positions.
     """
-    language_model = model.model.language_model
+    language_model = language_model or model.model.language_model
     layers, length = language_model.layers, inputs["input_ids"].shape[1]
 
     def gone(positions):
