@@ -319,6 +319,24 @@ def test_what_is_refused(family):
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("scorer", ["random", "uniform"])
+def test_baselines_keep_in_a_batch_what_they_keep_alone(family, scorer):
+    model = tiny(family)
+    for prompts in prompts_of(family):
+        rows = rows_of(model, prompts)
+        with lp_patch.applied(model, tokens=5, scorer=scorer) as patch:
+            model(**batch(rows))
+            together = patch.trace
+            for i, one in enumerate(rows):
+                model(**one.inputs())
+                assert torch.equal(patch.trace.stage1[0], together.stage1[i])
+                # 6 layers, 2 of them on three times as many tokens: 9 and 3 of each input
+                assert len(together.stage1[i]) == 9 * len(one.visual)
+                assert len(together.stage2[i]) == 3 * len(one.visual)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", CLASSES)
 def test_inputs_that_touch(family):
     """Each image has a budget of its own; so has each video, where the model's features tell one from the next."""
     model = tiny(family)
