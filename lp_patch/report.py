@@ -89,12 +89,15 @@ def make_report(trace: Trace | None, layers: tuple[nn.Module, ...], text_config:
     head_dim = getattr(text_config, "head_dim", None) or text_config.hidden_size // heads
     kv_heads = getattr(text_config, "num_key_value_heads", None) or heads
     kv_token = 2 * kv_heads * head_dim * itemsize
+    active = (getattr(text_config, "num_experts_per_tok", 0) or 0) / (getattr(text_config, "num_experts", 1) or 1)
     costs = []
     for i, module in enumerate(layers):
         # PEFT keeps the original layer inside its own: both are counted, as both are run
-        weights = sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+        weights: float = sum(m.in_features * m.out_features for m in module.modules() if isinstance(m, nn.Linear))
+        # experts are stacked, (experts, out, in), and a token runs through a few of them
+        weights += active * sum(p.numel() for p in module.parameters() if p.dim() == 3)
 
-        def flops(tokens: int, weights: int = weights) -> float:
+        def flops(tokens: int, weights: float = weights) -> float:
             return 2.0 * weights * tokens + 2.0 * heads * head_dim * tokens**2
 
         kept = [layers_of[i] + text for layers_of, text in zip(trace.tokens_per_layer, trace.text_tokens, strict=True)]

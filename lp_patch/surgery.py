@@ -143,7 +143,9 @@ class Surgery:
 
     def __init__(self, parts: Parts, config: PruningConfig, pruner: LearnablePruner | None) -> None:
         n_layers = len(parts.layers)
-        layer = default_layer(n_layers) if config.layer is None else config.layer
+        # a default that DeepStack forbids would refuse a model that nobody gave a layer for
+        default = min(max(default_layer(n_layers), parts.first_cut), n_layers - 1)
+        layer = default if config.layer is None else config.layer
         wipe = config.final_wipe_layer
         if not 1 <= layer < n_layers:
             raise ConfigError(f"layer must lie in [1, {n_layers - 1}] for {n_layers} decoder layers, got {layer}")

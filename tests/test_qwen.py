@@ -343,6 +343,19 @@ def test_stage_2_waits_for_deepstack(kind):
         lp_patch.apply(model, layer=DEEPSTACK - 1)
     lp_patch.apply(model, layer=DEEPSTACK - 1, stage_ratio=1.0)  # then nothing is cut inside
     lp_patch.apply(model, layer=DEEPSTACK)
+    short = tiny_qwen(kind, num_hidden_layers=3)  # whose default would be layer 1
+    assert f"after layer {DEEPSTACK} of 3" in repr(lp_patch.apply(short))
+
+
+@torch.no_grad()
+def test_report_counts_the_experts_that_run():
+    model = tiny_qwen("qwen3_vl_moe", dtype=torch.float32)
+    inputs = batch([prompt("qwen3_vl_moe", 3, ("image", 3, 4), 5)], torch.float32)
+    with lp_patch.applied(model, tokens=4, layer=2) as patch:
+        model(**inputs)
+    length, experts = inputs["input_ids"].shape[1], 2 * 3 * HIDDEN * 24  # 2 of 4, each of 3 matrices
+    linear, attention = 2 * HIDDEN * 4 * 8 + 2 * HIDDEN * 2 * 8 + experts, 2 * 4 * 8 * length**2
+    assert patch.report().layers[0].full_flops == 2 * linear * length + attention
 
 
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
