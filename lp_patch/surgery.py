@@ -614,6 +614,11 @@ class Surgery:
         run = self.local.run
         if not run.stages:
             return
+        if getattr(output, "router_logits", None) is not None:
+            raise UnsupportedInputError(
+                "output_router_logits=True: pruned layers route different numbers of tokens, of which transformers "
+                "would make a wrong balancing loss. Leave it off, or remove the patch"
+            )
         stages = [self._stage_of(run, index) for index in range(self.shape.n_layers)]
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
