@@ -15,6 +15,8 @@ from transformers import (
     Gemma3Config,
     Gemma3Model,
     GotOcr2ImageProcessorPil,
+    Idefics3ImageProcessorPil,
+    Idefics3Processor,
     InternVLProcessor,
     PaliGemmaConfig,
     PaliGemmaModel,
@@ -25,6 +27,7 @@ from transformers import (
 )
 
 import lp_patch
+from lp_patch.adapters.idefics3 import split_images
 
 CASES = {
     "tokens": {"tokens": 4, "layer": 2},
@@ -226,6 +229,30 @@ def images_of(ids, token):
             else:
                 found[-1].append([position])
     return found
+
+
+def idefics3():
+    names = ["<pad>", "<eos>", "<image>", "<fake_token_around_image>", "<global-img>", "\n", "\n\n"]
+    names += [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]
+    side = {"longest_edge": others.SIDE}
+    image_processor = Idefics3ImageProcessorPil(size={"longest_edge": 3 * others.SIDE}, max_image_size=side)
+    processor = Idefics3Processor(image_processor, tokenizer(names, {}), image_seq_len=others.N)
+    return others.tiny("idefics3", dtype=torch.float32), processor, "<image>"
+
+
+@torch.no_grad()
+def test_idefics3s_processor_writes_what_the_adapter_reads():
+    """Several images in a row, of one tile and of many, with nothing between them."""
+    _, processor, place = idefics3()
+    image_processor = processor.image_processor
+    pictures = [picture(24, 24, 0), picture(60, 30, 1), picture(72, 72, 2), picture(20, 20, 3), picture(24, 72, 4)]
+    text = f"{place}{place}{place} A cat{place}\n{place} What is in the picture?"
+    inputs = processor(text=[text], images=[pictures], return_tensors="pt")
+    ids = inputs["input_ids"][0]
+    positions = (ids == processor.image_token_id).nonzero().flatten()
+    sizes = [len(image_processor([[p]], return_tensors="pt")["pixel_values"][0]) * others.N for p in pictures]
+    assert len(set(sizes)) > 1
+    assert split_images(ids, positions) == sizes
 
 
 @pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "internvl"])

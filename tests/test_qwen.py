@@ -358,6 +358,31 @@ def test_report_counts_the_experts_that_run():
     assert patch.report().layers[0].full_flops == 2 * linear * length + attention
 
 
+@torch.no_grad()
+def test_router_logits_are_refused():
+    model = tiny_qwen("qwen3_vl_moe")
+    inputs = batch(rows_of("qwen3_vl_moe"))
+    with lp_patch.applied(model, tokens=4, layer=2):
+        with pytest.raises(lp_patch.UnsupportedInputError, match="output_router_logits"):
+            model(**inputs, output_router_logits=True)
+        model(**inputs)
+    with lp_patch.applied(model, ratio=1.0):
+        assert len(model(**inputs, output_router_logits=True).router_logits) == LAYERS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradient_checkpointing(kind):
+    model = tiny_qwen(kind, seed=9).train()
+    inputs, found = batch(rows_of(kind)), []
+    with lp_patch.applied(model, tokens=4, layer=2):
+        for how in ("activation_checkpointing_disable", "activation_checkpointing_enable"):
+            getattr(model, how)()
+            model.zero_grad()
+            model(**inputs, labels=inputs["input_ids"]).loss.backward()
+            found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(found[0], found[1])
+
+
 @pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
 def test_sliding_windows_only_where_they_are_used(kind):
     windows = {"sliding_window": 8, "max_window_layers": 2}
