@@ -3,7 +3,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint benchmark clean
+# the ends of the range, and a version between two behaviours (who encodes the images, generate() or the forward)
+OLDER := 5.17.0 4.57.6
+
+.PHONY: demo test test-long test-older lint benchmark matrix clean
 
 .venv/ready: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
@@ -16,6 +19,23 @@ demo: .venv/ready
 
 test: .venv/ready
 	$(BIN)/python -m pytest
+
+test-long: .venv/ready
+	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "" --timeout 1800
+
+.venv/transformers-%: .venv/ready
+	$(BIN)/pip install --quiet --target $@ "transformers==$*"
+
+test-older: $(OLDER:%=.venv/transformers-%)
+	for version in $(OLDER); do \
+	  PYTHONPATH=.venv/transformers-$$version $(BIN)/python -m pytest $(FLAGS) -W ignore::DeprecationWarning \
+	    tests/test_forward.py tests/test_generate.py tests/test_lifecycle.py tests/test_wrappers.py || exit 1; \
+	done
+
+matrix: .venv/ready
+	$(BIN)/python -m pytest --matrix
+	$(MAKE) test-older FLAGS=--matrix
+	$(BIN)/python examples/tables.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -1,0 +1,74 @@
+"""What the documents say is so: snippets run, tables come from the files, names and commands exist."""
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import batch, images, tiny_llava, tokens
+
+import lp_patch
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
+
+
+def snippets(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", snippets(README))
+def test_snippets_of_the_readme(code, capsys):
+    model = tiny_llava(dtype=torch.float32)
+    inputs = batch([tokens(3, "image", 9)], images(1, dtype=torch.float32))
+    exec(code, {"model": model, "inputs": inputs})
+    assert capsys.readouterr().out
+    assert not lp_patch.is_applied(model)
+
+
+def test_snippet_of_contributing():
+    (code,) = snippets(CONTRIBUTING)
+    names = {}
+    exec(code, names)
+    assert names["ADAPTER"].model_type not in lp_patch.supported()
+
+
+def test_tables_are_those_of_the_files():
+    sys.path.insert(0, str(ROOT / "examples"))
+    import tables
+
+    assert tables.fill(README) == README, "run examples/tables.py"
+
+
+def test_options_are_the_fields():
+    rows = re.findall(r"^\| `(\w+)` \| ([^|]+) \|", README.split("## Options")[1].split("##")[0], re.MULTILINE)
+    assert [name for name, _ in rows] == [field.name for field in dataclasses.fields(lp_patch.PruningConfig)]
+    default = lp_patch.PruningConfig()
+    for name, text in rows:
+        assert eval(text) == getattr(default, name), name
+
+
+def test_commands_and_files_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    for text in (README, CONTRIBUTING):
+        for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+        for path in re.findall(r"`((?:examples|tests|adapters|lp_patch)/[\w/.-]+)`", text) + re.findall(
+            r"\]\(([\w/.]+)\)", text
+        ):
+            assert (ROOT / path).exists(), path
+    tree = README.split("lp_patch/\n")[1].split("```")[0]
+    listed = set(re.findall(r"(\w+\.py)", tree))
+    assert listed == {path.name for path in (ROOT / "lp_patch").glob("*.py") if not path.name.startswith("_")}
+
+
+def test_every_mode_is_a_test():
+    import matrix
+
+    for test in [test for tests in matrix.ROWS.values() for test in tests]:
+        file, name = test.split("::")
+        assert f"def {name}(" in (Path(__file__).parent / file).read_text(), test
+    assert "**no**" not in matrix.table()
