@@ -7,7 +7,7 @@ import torch
 from masked import expected
 from PIL import Image
 from test_internvl import with_positions
-from test_qwen import CLOSE, check_second_image, check_sets, generate, oracle, split_options
+from test_qwen import CLOSE, check_second_image, check_sets, generate, split_options
 from tiny_internvl import SIDE, tiny_internvl
 from tiny_qwen import PATCH, tiny_qwen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -50,8 +50,8 @@ def rows_of(kind):
     return [others.prompt(kind, *row, seed=i) for i, row in enumerate(parts)]
 
 
-def masked(model, kind, inputs, where, **options):
-    language_model = model.model.language_model if kind == "mistral3" else model.model.text_model
+def masked(model, inputs, where, **options):
+    language_model = model.get_decoder()
     return expected(model, language_model.layers, language_model, inputs, where, **options)
 
 
@@ -64,7 +64,7 @@ def test_forward(kind, case, side):
     ours, theirs = split_options(CASES[case])
     rows = rows_of(kind)
     inputs = others.batch(kind, rows, side=side)
-    want = masked(model, kind, inputs, others.visual(rows, side), **theirs)
+    want = masked(model, inputs, others.visual(rows, side), **theirs)
     with lp_patch.applied(model, **ours) as patch:
         out = model(**inputs)
         check_sets(patch.trace, want)
@@ -89,7 +89,7 @@ def test_generate(kind, beams, case):
     with lp_patch.applied(model, **ours) as patch:
         out = generate(model, inputs, output_scores=True, **search)
     grown = [{**rows[i // beams], "ids": rows[i // beams]["ids"] + s[width:].tolist()} for i, s in enumerate(out[0])]
-    want = masked(model, kind, others.batch(kind, grown), others.visual(grown), end=width, **theirs)
+    want = masked(model, others.batch(kind, grown), others.visual(grown), end=width, **theirs)
     check_sets(patch.trace, want)
     steps = want.logits[:, width - 1 : -1]
     if beams == 1:
@@ -125,7 +125,7 @@ def test_second_turn_on_a_kept_cache(kind, second):
             model, inputs, *longer["visual"], (one, two), end, out.logits, tokens=4, k=2, language_model=language_model
         )
         return
-    want = masked(model, kind, inputs, others.visual([longer]), end=len(first["ids"]), tokens=4, layer=2)
+    want = masked(model, inputs, others.visual([longer]), end=len(first["ids"]), tokens=4, layer=2)
     torch.testing.assert_close(torch.stack(out.logits, dim=1), want.logits[:, end - 1 : -1], **CLOSE)
 
 
@@ -218,52 +218,38 @@ def internvl():
     return tiny_internvl(dtype=torch.float32, vocab_size=300), processor, "<IMG_CONTEXT>"
 
 
-def images_of(ids, token):
-    """Rows -> images -> positions: runs of placeholders."""
-    found = []
-    for row in ids.tolist():
-        found.append([])
-        for position in [p for p, i in enumerate(row) if i == token]:
-            if found[-1] and found[-1][-1][-1] == position - 1:
-                found[-1][-1].append(position)
-            else:
-                found[-1].append([position])
-    return found
-
-
 def idefics3():
     names = ["<pad>", "<eos>", "<image>", "<fake_token_around_image>", "<global-img>", "\n", "\n\n"]
     names += [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]
     side = {"longest_edge": others.SIDE}
     image_processor = Idefics3ImageProcessorPil(size={"longest_edge": 3 * others.SIDE}, max_image_size=side)
     processor = Idefics3Processor(image_processor, tokenizer(names, {}), image_seq_len=others.N)
-    return others.tiny("idefics3", dtype=torch.float32), processor, "<image>"
+    return others.tiny("idefics3", dtype=torch.float32, vocab_size=300), processor, "<image>"
 
 
-@torch.no_grad()
-def test_idefics3s_processor_writes_what_the_adapter_reads():
-    """Several images in a row, of one tile and of many, with nothing between them."""
-    _, processor, place = idefics3()
-    image_processor = processor.image_processor
-    pictures = [picture(24, 24, 0), picture(60, 30, 1), picture(72, 72, 2), picture(20, 20, 3), picture(24, 72, 4)]
-    text = f"{place}{place}{place} A cat{place}\n{place} What is in the picture?"
-    inputs = processor(text=[text], images=[pictures], return_tensors="pt")
-    ids = inputs["input_ids"][0]
-    positions = (ids == processor.image_token_id).nonzero().flatten()
-    sizes = [len(image_processor([[p]], return_tensors="pt")["pixel_values"][0]) * others.N for p in pictures]
-    assert len(set(sizes)) > 1
-    assert split_images(ids, positions) == sizes
+FAMILIES = {  # Mistral 3's processor wants torchvision
+    "qwen2_5_vl": lambda: qwen("qwen2_5_vl"),
+    "qwen3_vl": lambda: qwen("qwen3_vl"),
+    "internvl": internvl,
+    "idefics3": idefics3,
+}
 
 
-@pytest.mark.parametrize("kind", ["qwen2_5_vl", "qwen3_vl", "internvl"])
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_from_text_and_pictures_to_an_answer(kind):
-    model, processor, place = internvl() if kind == "internvl" else qwen(kind)
+    model, processor, place = FAMILIES[kind]()
+    image = model.config.image_token_id
     pictures = [picture(48, 24, 0), picture(40, 40, 1), picture(30, 60, 2)]
+    counts = [
+        int((processor(text=[place], images=[p], return_tensors="pt")["input_ids"] == image).sum()) for p in pictures
+    ]
     texts = [f"What is in the picture?{place}", f"{place}A cat is{place} on the mat. What is in the picture?"]
     inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
-    where = images_of(inputs["input_ids"], model.config.image_token_id)
-    assert [len(row) for row in where] == [1, 2]
-    want = oracle(model, with_positions(inputs) if kind == "internvl" else inputs, where, ratio=1 / 3, layer=2)
+    assert len(set(counts)) > 1
+    positions = [(ids == image).nonzero().flatten() for ids in inputs["input_ids"]]
+    where = [[positions[0].tolist()], [x.tolist() for x in positions[1].split(counts[1:])]]
+    counted = inputs if kind.startswith("qwen") else with_positions(inputs)
+    want = masked(model, counted, where, ratio=1 / 3, layer=2)
     with lp_patch.applied(model, ratio=1 / 3, layer=2) as patch:
         out = generate(model, inputs)
         check_sets(patch.trace, want)
@@ -273,6 +259,25 @@ def test_from_text_and_pictures_to_an_answer(kind):
             assert [x.tolist() for x in patch.trace.stage2] == [want.stage2[row]]
             assert alone.sequences[0, -len(out.logits) :].tolist() == out.sequences[row, -len(out.logits) :].tolist()
     assert all(processor.batch_decode(out.sequences[:, -len(out.logits) :]))
+
+
+@torch.no_grad()
+def test_idefics3s_processor_writes_what_the_adapter_reads():
+    """Several images in a row, of one tile and of many, with nothing between them."""
+    _, processor, place = idefics3()
+    pictures = [picture(24, 24, 0), picture(60, 30, 1), picture(72, 72, 2), picture(20, 20, 3), picture(24, 72, 4)]
+    text = f"{place}{place}{place} A cat{place}\n{place} What is in the picture?"
+    ids = processor(text=[text], images=[pictures], return_tensors="pt")["input_ids"][0]
+    positions = (ids == processor.image_token_id).nonzero().flatten()
+    tiles = [processor.image_processor([[p]], return_tensors="pt")["pixel_values"].shape[1] for p in pictures]
+    assert len(set(tiles)) > 1
+    assert split_images(ids, positions) == [n * others.N for n in tiles]
+
+
+@pytest.mark.parametrize("before", [[], [7], [7, 7, 7]])
+def test_images_without_idefics3s_tokens_around_them(before):
+    ids = torch.tensor([*before, *[others.IMAGE] * 4, 8, 9, 8, *[others.IMAGE] * 2, 9, *[others.IMAGE] * 3])
+    assert split_images(ids, (ids == others.IMAGE).nonzero().flatten()) == [4, 2, 3]
 
 
 TEXT = {

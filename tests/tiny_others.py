@@ -22,7 +22,7 @@ KINDS = {
 }
 
 
-def tiny(kind, seed=0, dtype=torch.float64):
+def tiny(kind, seed=0, dtype=torch.float64, **text):
     """A random model, with weights large enough for attention to differ between tokens."""
     torch.manual_seed(seed)
     model_class, config_class = KINDS[kind]
@@ -30,7 +30,7 @@ def tiny(kind, seed=0, dtype=torch.float64):
     text = {
         "vocab_size": VOCAB, "hidden_size": HIDDEN, "intermediate_size": 48, "num_hidden_layers": 6,
         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": PAD, "bos_token_id": EOS,
-        "eos_token_id": EOS,
+        "eos_token_id": EOS, **text,
     }  # fmt: skip
     if kind == "mistral3":
         config = config_class(
