@@ -29,6 +29,8 @@ PREFIX = TOKENIZER("USER:").input_ids
 HEAD = TEXT // HEADS
 POINT_LAYER = 1
 READ_LAYER = 3
+SIZE_GAIN = 4.0
+PLACE_GAIN = 3.0
 _SPLIT: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
 
@@ -150,11 +152,31 @@ def forward(
     return llama.norm(hidden).view(rows, count, length, -1), attention
 
 
+@torch.no_grad()
+def amplify(projector: nn.Module, trainee: Trainee) -> None:
+    """Bring place and size to the scale of the kinds in the projected features: they are learned sooner."""
+    words = trainee.words.detach().float()
+    directions = {
+        SIZE_GAIN: [trainee.size.detach().float()],
+        PLACE_GAIN: [
+            words[TOKEN["right"]] - words[TOKEN["left"]],
+            words[TOKEN["bottom"]] - words[TOKEN["top"]],
+        ],
+    }
+    for gain, several in directions.items():
+        for direction in several:
+            unit = direction / direction.norm()
+            for parameter in (projector.linear_2.weight, projector.linear_2.bias):
+                value = parameter.float()
+                parameter.copy_(value + (gain - 1) * torch.tensordot(unit, unit @ value, 0))
+
+
 def start_from(trainee: Trainee) -> LlavaForConditionalGeneration:
     """A model with the trained tower and projector and the tower's word vectors as embeddings."""
     model = network.build()
     network.vision_transformer(model).load_state_dict(trainee.vision.state_dict())
     model.model.multi_modal_projector.load_state_dict(trainee.projector.state_dict())
+    amplify(model.model.multi_modal_projector, trainee)
     llama = model.model.language_model
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -212,7 +234,7 @@ def grounding(attention: dict[int, Tensor], batch: Batch, kept: Tensor) -> Tenso
     target = torch.cat([target[:, :1], target[:, 1:].gather(1, chosen)], 1)
     target = target / target.sum(1, keepdim=True)
     given = torch.cat([point[:, 1, :1], point[:, 1, head:size]], 1)
-    loss = loss + 2 * (target * ((target + 1e-6).log() - (given + 1e-6).log())).sum(1).mean()
+    loss = loss + 4 * (target * ((target + 1e-6).log() - (given + 1e-6).log())).sum(1).mean()
     asker = batch.asker[rows, questions_index]
     read = attention[READ_LAYER][rows, 0, questions_index, asker]
     return loss - 0.5 * (read.gather(1, size + pointer[:, None]) + 1e-3).log().mean()
@@ -287,7 +309,10 @@ def train(
     """Train through the phases; resumes from the last checkpoint."""
     trainee.requires_grad_(False)
     cached = features(trainee.vision, scenes, folder / "features.pt")
-    watched = {name: features(trainee.vision, some, None) for name, some in held_out.items()}
+    watched = {
+        name: features(trainee.vision, some, folder / f"features_{name.replace(' ', '_')}.pt")
+        for name, some in held_out.items()
+    }
     model = start_from(trainee).to(DEVICE, torch.bfloat16)
     model.requires_grad_(False)
     llama = model.model.language_model
@@ -309,6 +334,7 @@ def train(
     draw = random.Random(step)
     began = time.time() - used
     saved_at = shown = time.time()
+    watched_at = used
     order: list[int] = []
     counts: dict[str, list[int]] = {}
     average = {"loss": 0.0, "grounding": 0.0}
@@ -367,8 +393,10 @@ def train(
         if time.time() - saved_at > 150:
             saved_at = time.time()
             save(elapsed)
-            for name, some in held_out.items():
-                print(f"  {name}: {monitor(model, watched[name], some, 64)}", flush=True)
+            if elapsed - watched_at > 400:
+                watched_at = elapsed
+                for name, some in held_out.items():
+                    print(f"  {name}: {monitor(model, watched[name], some, 48)}", flush=True)
     save(total)
     for name, some in held_out.items():
         print(

@@ -88,15 +88,13 @@ def absent(objects: list[dict], draw: random.Random) -> Question:
 def for_training(objects: list[dict], draw: random.Random, count: int = 12) -> list[Question]:
     """A mix of questions; count questions cover 1, 2 and 3 where the scene has them."""
     found = pool(objects)
-    chosen = draw.sample(found["existence"], min(3, len(found["existence"])))
-    chosen += [absent(objects, draw) for _ in range(3)]
+    chosen = draw.sample(found["existence"], min(2, len(found["existence"])))
+    chosen += [absent(objects, draw) for _ in range(2)]
     for number in NUMBERS:
         fitting = [question for question in found["count"] if question.answer == number]
         if fitting:
             chosen.append(draw.choice(fitting))
-    chosen += draw.sample(found["what"], min(2, len(found["what"])))
-    chosen += draw.sample(found["where"], min(2, len(found["where"])))
-    chosen += found["colour"]
+    chosen += found["what"] + found["where"] + found["colour"]
     draw.shuffle(chosen)
     return chosen[:count]
 

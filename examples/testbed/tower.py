@@ -199,11 +199,13 @@ def train(
         state = torch.load(checkpoint, map_location=DEVICE)
         trainee.load_state_dict(state["weights"])
         used, step = state["seconds"], state["step"]
+    total = 60 * sum(minutes)
+    if used >= total:
+        return trainee
     master = Master(list(trainee.parameters()), decay=0.05)
     if state:
         master.load_state_dict(state["master"])
     crops = Crops(sets, seed=step)
-    total = 60 * sum(minutes)
     began = time.time() - used
     saved = shown = time.time()
     average: dict[str, float] = {}
