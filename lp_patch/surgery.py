@@ -456,7 +456,7 @@ class Surgery:
         return args, kwargs
 
     def _split(self, before: Run) -> Callable[[int, Tensor], list[int]] | None:
-        """Images within a feature, from the row's ids."""
+        """Images within a feature, from the row's ids; for them alone, a second wait for the device."""
         split = self.parts.adapter.split
         if split is None:
             return None
