@@ -18,7 +18,7 @@ demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 test-long: .venv/ready
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "" --timeout 1800

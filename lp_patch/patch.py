@@ -66,8 +66,12 @@ class Patch:
 
     def remove(self) -> None:
         """Take everything back, bit for bit. Does nothing the second time."""
+        if not self._undo:
+            return
         while self._undo:
             self._undo.pop()()
+        for module in self._parts.model.modules():
+            _unhook(module, self._surgery)
         _forget_compiled()
 
     @property
@@ -126,6 +130,22 @@ class Patch:
         self._undo.append(partial(_restore, module, name, before))
 
 
+def _owner(hook: Any) -> Any:
+    """The object whose method a hook is, also with arguments bound."""
+    return getattr(getattr(hook, "func", hook), "__self__", None)
+
+
+def _unhook(module: nn.Module, surgery: Surgery) -> None:
+    """Take our hooks off a module that was copied with them (PEFT's modules_to_save): no handle knows it."""
+    for hooks, extra in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if _owner(hook) is surgery]:
+            del hooks[key]
+            extra.pop(key, None)
+
+
 def _restore(module: nn.Module, name: str, before: Any) -> None:
     if before is None:
         delattr(module, name)
@@ -143,7 +163,7 @@ def _find(model: object) -> Patch | None:
     """The patch on a model, found by its own hooks, so that copies of the model know theirs."""
     base = merging_module(unwrap(model))
     for hook in getattr(base, "_forward_pre_hooks", {}).values():
-        owner = getattr(hook, "__self__", None)
+        owner = _owner(hook)
         if isinstance(owner, Surgery):
             return owner.patch
     return None

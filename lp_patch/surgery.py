@@ -23,6 +23,7 @@ look into the hooks: it would trace the run's state once and for all, and silent
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,19 +124,28 @@ class Run:
 
 
 class PerThread(threading.local):
-    """Run state; a copied or pickled patch starts with an empty one."""
+    """What one thread is doing with the model."""
+
+    run: Run | None = None
+    record: Record | None = None
+    assisted: bool = False
+    candidates: int = 0
+
+
+class State:
+    """All that changes while a patched model runs; a copied or pickled patch starts with none of it."""
 
     def __init__(self) -> None:
-        self.run = Run()
-        self.record: Record | None = None
-        self.assisted = False
-        self.candidates = 0
+        self.local = PerThread()
+        self.last_run = Run()
+        self.last_record: Record | None = None
+        self.warned: set[str] = set()
 
-    def __deepcopy__(self, memo: dict) -> "PerThread":
-        return PerThread()
+    def __deepcopy__(self, memo: dict) -> "State":
+        return State()
 
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return PerThread, ()
+    def __reduce__(self) -> tuple:
+        return State, ()
 
 
 class Surgery:
@@ -161,9 +171,7 @@ class Surgery:
         self.text_weights = resolve_text_scorer(config.text_scorer)
         self.pruner = pruner
         self.cls_layer = self._cls_layer()
-        self.local = PerThread()
-        self.last_record: Record | None = None
-        self.warned: set[str] = set()
+        self.state = State()
         check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
         if config.positions == "compact" and hasattr(parts.rotary, "mrope_section"):
             raise ConfigError(
@@ -175,6 +183,14 @@ class Surgery:
                 f"{parts.adapter.family} adds visual features in its first {parts.first_cut} decoder layers: "
                 f"layer must be at least {parts.first_cut}, got {layer}"
             )
+
+    def __deepcopy__(self, memo: dict) -> "Surgery":
+        # PEFT copies single modules (modules_to_save): their hooks stay this patch's, and the model is not copied along
+        if id(self.parts.base) not in memo:
+            return self
+        copy = memo[id(self)] = Surgery.__new__(Surgery)
+        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        return copy
 
     def _cls_layer(self) -> nn.Module | None:
         """The vision attention that the "cls" scorer reads."""
@@ -209,7 +225,7 @@ class Surgery:
     @torch.compiler.disable
     def around_encode(self, modality: str, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         """Wraps the method that encodes images (or videos): only inside it does the projector prune."""
-        run = self.local.run
+        run = self.state.local.run or self._begin(Run())
         if run.encoding is not None:
             return wrapped(*args, **kwargs)  # a method for videos that calls the one for images
         encoding = run.encoding = Encoding()
@@ -227,7 +243,7 @@ class Surgery:
 
     def observe_cls(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """The vision layer whose output becomes the features: query and key (B, H, 1 + N, D), [CLS] first."""
-        encoding = self.local.run.encoding
+        encoding = self._run().encoding
         if encoding is not None:
             weight = query.new_ones((query.shape[0], 1))
             encoding.cls_attention = received_attention(query[:, :, :1], key, weight, scaling, causal=False)[:, 1:]
@@ -235,7 +251,7 @@ class Surgery:
     @torch.compiler.disable
     def before_projector(self, module: nn.Module, args: tuple) -> tuple | None:
         """Stage 1: (B, N, C) encoder features -> (B, R1, C)."""
-        encoding = self.local.run.encoding
+        encoding = self._run().encoding
         if encoding is None:
             return None
         features = args[0]
@@ -250,7 +266,7 @@ class Surgery:
     @torch.compiler.disable
     def after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """(B, R1, D) projected survivors -> (B, N, D), removed rows marked."""
-        encoding = self.local.run.encoding
+        encoding = self._run().encoding
         if encoding is None or encoding.index is None:
             return None
         return _mark(output, encoding.index, encoding.present)
@@ -289,21 +305,21 @@ class Surgery:
     @torch.compiler.disable
     def around_candidates(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         """Wraps the start of assisted decoding, whose first forward shows the prompt and guesses after it."""
-        self.local.assisted = True
+        self.state.local.assisted = True
         return wrapped(*args, **kwargs)
 
     @torch.compiler.disable
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """How many of the last tokens are guesses: they must not ask, or the answer would depend on them."""
-        self.local.candidates = kwargs.get("logits_to_keep", 1) - 1 if self.local.assisted else 0
-        self.local.assisted = False
+        self.state.local.candidates = kwargs.get("logits_to_keep", 1) - 1 if self.state.local.assisted else 0
+        self.state.local.assisted = False
 
     # ------------------------------------------------------------------ the merging module
 
     @torch.compiler.disable
     def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward starts: forget the last one, remember the prompt and features that come encoded."""
-        run = self.local.run = Run(started=True)
+        run = self._begin(Run(started=True))
         run.ids = kwargs.get("input_ids", args[0] if args else None)
         run.embeds = kwargs.get("inputs_embeds")
         run.shown = any(_shows_images(name, kwargs[name]) for name in kwargs)
@@ -323,7 +339,7 @@ class Surgery:
     def after_base(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """No mark leaves the model: where a projector pruned, `image_hidden_states` lists the survivors."""
         states = getattr(output, "image_hidden_states", None)
-        if isinstance(states, Tensor) and self.local.run.stages and self.parts.projector is not None:
+        if isinstance(states, Tensor) and self._run().stages and self.parts.projector is not None:
             output.image_hidden_states = states[~_is_removed(states)]
 
     # ------------------------------------------------------------------ the language model
@@ -331,8 +347,7 @@ class Surgery:
     @torch.compiler.disable
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Cut removed rows out, or translate the mask of a later step to what the cache holds."""
-        before, run = self.local.run, Run()
-        self.local.run = run
+        before, run = self._run(), self._begin(Run())
         embeds = kwargs.get("inputs_embeds")
         if before.shown and not before.features:
             self._warn(
@@ -411,8 +426,8 @@ class Surgery:
         run.live, run.plan, run.attention_mask, run.new_tokens = True, plan, mask, length
         keep = real & ~removed
         is_text = real & ~visual & ~structural
-        if self.local.candidates:
-            is_text[:, -self.local.candidates :] = False
+        if self.state.local.candidates:
+            is_text[:, -self.state.local.candidates :] = False
         # line breaks are no text, but a prompt that ends in one asks with it
         shown = (visual & ~removed) | structural
         weights = self.text_weights(is_text, shown) * visual.any(dim=1, keepdim=True)
@@ -532,7 +547,7 @@ class Surgery:
     @torch.compiler.disable
     def before_rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """True positions for the rotary embedding."""
-        ids = self.local.run.rotary_ids
+        ids = self._run().rotary_ids
         if ids is None:
             return None
         ids = ids[-3:] if ids.dim() == 3 else ids  # a fourth axis in front counts text alone, and is not rotated by
@@ -542,7 +557,7 @@ class Surgery:
 
     def observe_text(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """Layer k's rotated query (B, H, N, D) and key (B, KV, P + N, D): scores of its N tokens for stage 2."""
-        run = self.local.run
+        run = self._run()
         # once per forward: gradient checkpointing runs the layer again
         if run.plan is None or run.text_scores is not None or run.plan.stage2 == run.plan.survivors:
             return
@@ -561,30 +576,38 @@ class Surgery:
     @torch.compiler.disable
     def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Give decoder layer `index` (from 0) the tokens, mask and positions of its stage."""
-        run = self.local.run
+        run = self._run()
         if not run.live:
             return None
         hidden, cache = args[0], kwargs.get("past_key_values")
-        if run.plan is not None:
-            for keep, counts in self._cuts_before(run, run.plan, index):
-                stage = self._cut(run, index, keep, counts, run.stages[-1].visual)
-                rotary = run.stages[-2].rotary or kwargs["position_embeddings"]
-                stage.rotary = tuple(take_along(x, stage.index, dim=-2) for x in rotary)
-                hidden = take(hidden, stage.index)
+        # decided once: before 5.18 gradient checkpointing calls a layer's hooks again in the backward pass
+        if len(run.layer_views) == index:
+            if run.plan is not None:
+                for keep, counts in self._cuts_before(run, run.plan, index):
+                    cut = self._cut(run, index, keep, counts, run.stages[-1].visual)
+                    rotary = run.stages[-2].rotary or kwargs["position_embeddings"]
+                    cut.rotary = tuple(take_along(x, cut.index, dim=-2) for x in rotary)
+            run.layer_views.append(self._view(run, cache, index, hidden))
+        stage, view = self._stage_of(run, index), run.layer_views[index]
+        if stage is not None and stage.start == index and index > 0:
+            hidden = take(hidden, stage.index)
+        if view is run.layer_views[0]:
+            return None
+        kwargs = {**kwargs, "attention_mask": view.mask}
+        if stage is not None and stage.rotary is not None:
+            kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in stage.rotary)
+            kwargs["position_ids"] = torch.arange(stage.length, device=hidden.device)[None]
+        return (hidden, *args[1:]), kwargs
+
+    def _view(self, run: Run, cache: Any, index: int, hidden: Tensor) -> View:
+        """What layer `index` attends to, shared by layers that hold the same tokens."""
         key = _key(run, cache, index)
         if key not in run.views:
             valid = self._valid_keys(run, cache, index)
             columns = kv.mask_columns(cache, index, valid)
-            run.views[key] = View(valid, causal_mask(self.parts.language_model.config, hidden, columns, cache, index))
-        view = run.views[key]
-        run.layer_views.append(view)
-        if index == 0 or view is run.layer_views[0]:
-            return None
-        kwargs = {**kwargs, "attention_mask": view.mask}
-        if run.stages and run.stages[-1].rotary is not None:
-            kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in run.stages[-1].rotary)
-            kwargs["position_ids"] = torch.arange(run.stages[-1].length, device=hidden.device)[None]
-        return (hidden, *args[1:]), kwargs
+            shape = hidden[:, : run.stages[-1].length] if run.stages else hidden
+            run.views[key] = View(valid, causal_mask(self.parts.language_model.config, shape, columns, cache, index))
+        return run.views[key]
 
     def _cuts_before(self, run: Run, plan: Plan, index: int) -> Iterator[tuple[Tensor, list[int]]]:
         """What vanishes before decoder layer `index`: (keep (B, N), its row sums) for each shortening due there."""
@@ -611,7 +634,7 @@ class Surgery:
     @torch.compiler.disable
     def after_language_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Outputs of the input's length; a cache that knows what it was not given."""
-        run = self.local.run
+        run = self._run()
         if not run.stages:
             return
         if getattr(output, "router_logits", None) is not None:
@@ -619,7 +642,7 @@ class Surgery:
                 "output_router_logits=True: pruned layers route different numbers of tokens, of which transformers "
                 "would make a wrong balancing loss. Leave it off, or remove the patch"
             )
-        stages = [self._stage_of(run, index) for index in range(self.shape.n_layers)]
+        stages = [stage for i in range(self.shape.n_layers) if (stage := self._stage_of(run, i))]
         cache = getattr(output, "past_key_values", None)
         if cache is not None:
             ids = {id(stage): kv.new_history_id() for stage in run.stages}
@@ -635,23 +658,32 @@ class Surgery:
             )
 
     @staticmethod
-    def _stage_of(run: Run, index: int) -> Stage:
-        return [stage for stage in run.stages if stage.start <= index][-1]
+    def _stage_of(run: Run, index: int) -> Stage | None:
+        """The stage that layer `index` runs in, or None if this forward cuts nothing."""
+        return next((stage for stage in reversed(run.stages) if stage.start <= index), None)
+
+    def _run(self) -> Run:
+        """This thread's run; a thread that began none (autograd's workers) asks for the latest one."""
+        return self.state.local.run or self.state.last_run
+
+    def _begin(self, run: Run) -> Run:
+        self.state.local.run = self.state.last_run = run
+        return run
 
     # ------------------------------------------------------------------ what users read
 
     def _keep(self, record: Record) -> Record:
-        self.local.record = self.last_record = record
+        self.state.local.record = self.state.last_record = record
         return record
 
     @property
     def record(self) -> Record | None:
         """This thread's latest prefill, or the latest of any thread (a model that generates in a thread)."""
-        return self.local.record or self.last_record
+        return self.state.local.record or self.state.last_record
 
     def _warn(self, message: str) -> None:
-        if message not in self.warned:
-            self.warned.add(message)
+        if message not in self.state.warned:
+            self.state.warned.add(message)
             warnings.warn(message, stacklevel=2)
 
 

@@ -80,10 +80,18 @@ def test_peft_modules_to_save_in_the_projector():
 
 def test_peft_patch_then_modules_to_save():
     model = tiny_llava(seed=31)
-    lp_patch.apply(model, tokens=5)
+    patch = lp_patch.apply(model, tokens=5)
     wrapped = lora(model, modules_to_save=["multi_modal_projector"])
+    hooks = [h for m in wrapped.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    owners = {id(o) for h in hooks if (o := getattr(getattr(h, "func", h), "__self__", None)) is not None}
+    assert id(patch._surgery) in owners and len(owners) == 1, "the copied projector carries a copy of the model"
     got = answer(wrapped)
+    assert patch.trace.stage1[0].tolist() == expected(model, IDS, images(1), tokens=5).stage1
     lp_patch.remove(wrapped)
+    assert not [
+        h for m in wrapped.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())
+        if "lp_patch" in repr(h)
+    ]  # fmt: skip
     merged = wrapped.merge_and_unload()
     assert got == generated(merged, IDS, images(1), 5, tokens=5)
 
@@ -127,7 +135,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
         model(**inputs).loss.backward()
         want = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
-        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        # renamed in 5.x
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": reentrant})
         if reentrant:
             model.enable_input_require_grads()
         model(**inputs, use_cache=False).loss.backward()
@@ -136,6 +146,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(reentrant):
             torch.testing.assert_close(parameter.grad, want[name], msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.filterwarnings("ignore:You are calling .generate")  # 5.17 takes the model to be on meta
 @pytest.mark.parametrize("where", ["meta", "disk"])
 @pytest.mark.parametrize("order", ["patch first", "offload first"])
 def test_accelerate_offloading(where, order, tmp_path):
