@@ -243,7 +243,7 @@ class Surgery:
 
     def observe_cls(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """The vision layer whose output becomes the features: query and key (B, H, 1 + N, D), [CLS] first."""
-        encoding = self._run().encoding
+        encoding = self._own_run().encoding
         if encoding is not None:
             weight = query.new_ones((query.shape[0], 1))
             encoding.cls_attention = received_attention(query[:, :, :1], key, weight, scaling, causal=False)[:, 1:]
@@ -251,7 +251,7 @@ class Surgery:
     @torch.compiler.disable
     def before_projector(self, module: nn.Module, args: tuple) -> tuple | None:
         """Stage 1: (B, N, C) encoder features -> (B, R1, C)."""
-        encoding = self._run().encoding
+        encoding = self._own_run().encoding
         if encoding is None:
             return None
         features = args[0]
@@ -266,7 +266,7 @@ class Surgery:
     @torch.compiler.disable
     def after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
         """(B, R1, D) projected survivors -> (B, N, D), removed rows marked."""
-        encoding = self._run().encoding
+        encoding = self._own_run().encoding
         if encoding is None or encoding.index is None:
             return None
         return _mark(output, encoding.index, encoding.present)
@@ -339,7 +339,7 @@ class Surgery:
     def after_base(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """No mark leaves the model: where a projector pruned, `image_hidden_states` lists the survivors."""
         states = getattr(output, "image_hidden_states", None)
-        if isinstance(states, Tensor) and self._run().stages and self.parts.projector is not None:
+        if isinstance(states, Tensor) and self._own_run().stages and self.parts.projector is not None:
             output.image_hidden_states = states[~_is_removed(states)]
 
     # ------------------------------------------------------------------ the language model
@@ -347,7 +347,7 @@ class Surgery:
     @torch.compiler.disable
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Cut removed rows out, or translate the mask of a later step to what the cache holds."""
-        before, run = self._run(), self._begin(Run())
+        before, run = self._own_run(), self._begin(Run())
         embeds = kwargs.get("inputs_embeds")
         if before.shown and not before.features:
             self._warn(
@@ -547,7 +547,7 @@ class Surgery:
     @torch.compiler.disable
     def before_rotary(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """True positions for the rotary embedding."""
-        ids = self._run().rotary_ids
+        ids = self._own_run().rotary_ids
         if ids is None:
             return None
         ids = ids[-3:] if ids.dim() == 3 else ids  # a fourth axis in front counts text alone, and is not rotated by
@@ -634,7 +634,7 @@ class Surgery:
     @torch.compiler.disable
     def after_language_model(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """Outputs of the input's length; a cache that knows what it was not given."""
-        run = self._run()
+        run = self._own_run()
         if not run.stages:
             return
         if getattr(output, "router_logits", None) is not None:
@@ -662,8 +662,12 @@ class Surgery:
         """The stage that layer `index` runs in, or None if this forward cuts nothing."""
         return next((stage for stage in reversed(run.stages) if stage.start <= index), None)
 
+    def _own_run(self) -> Run:
+        """This thread's run, or an empty one."""
+        return self.state.local.run or Run()
+
     def _run(self) -> Run:
-        """This thread's run; a thread that began none (autograd's workers) asks for the latest one."""
+        """This thread's run; in autograd's workers, which run a checkpointed layer again, the latest one."""
         return self.state.local.run or self.state.last_run
 
     def _begin(self, run: Run) -> Run:
