@@ -328,3 +328,24 @@ def test_bitsandbytes_4_bit(tmp_path):
             assert kept == (9, 3)
             assert got.shape == plain.shape and got.isfinite().all() and not torch.equal(got, plain)
             assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_pipeline_with_the_trained_testbed():
+    """`pipeline("image-text-to-text")` around a patched model answers as generate() does."""
+    from pathlib import Path
+
+    from PIL import Image
+    from transformers import AutoProcessor, LlavaForConditionalGeneration, pipeline
+
+    folder = Path(__file__).parent.parent / "examples" / "testbed"
+    model = LlavaForConditionalGeneration.from_pretrained(folder / "model", dtype=torch.float32)
+    processor = AutoProcessor.from_pretrained(folder / "model")
+    picture = Image.open(sorted((folder / "evaluation").rglob("*.webp"))[0]).convert("RGB")
+    text = "USER: <image>\nHow many cats are there? ASSISTANT:"
+    with lp_patch.applied(model, tokens=64) as patch:
+        inputs = processor(images=picture, text=text, return_tensors="pt")
+        want = model.generate(**inputs, max_new_tokens=3, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+        pipe = pipeline("image-text-to-text", model=model, processor=processor)
+        out = pipe(text=text, images=picture, return_full_text=False, generate_kwargs={"max_new_tokens": 3})
+        assert [len(x) for x in (patch.trace.stage1[0], patch.trace.stage2[0])] == [117, 39]
+    assert out[0]["generated_text"].strip() == processor.decode(want, skip_special_tokens=True).strip()
