@@ -25,8 +25,9 @@ def farthest_points(features: Tensor, seeds: Tensor, count: int) -> Tensor:
         return seeds
     unit = torch.nn.functional.normalize(features.float(), dim=-1)
     batch, n_tokens, _ = unit.shape
-    # all similarities at once where they fit: a step is then three small kernels instead of a pass over the features
-    table = torch.bmm(unit, unit.transpose(1, 2)) if batch * n_tokens**2 <= _CHUNK_ELEMENTS else None
+    # without seeds the start needs all similarities anyway: where they fit, steps look them up
+    fits = seeds.shape[1] == 0 and batch * n_tokens**2 <= _CHUNK_ELEMENTS
+    table = torch.bmm(unit, unit.transpose(1, 2)) if fits else None
     rows = max(1, _CHUNK_ELEMENTS // (batch * n_tokens))
 
     def similarity_to(picks: Tensor) -> Tensor:
@@ -121,9 +122,12 @@ def select_tokens(features: Tensor, scores: Tensor | None, keep: int, diversity:
 
 def take(x: Tensor, index: Tensor) -> Tensor:
     """Gather along dimension 1: x (B, N, ...), index (B, M) int64 -> (B, M, ...)."""
+    batch, n_tokens = x.shape[:2]
     index = index.to(x.device)
-    shaped = index.reshape(index.shape + (1,) * (x.dim() - 2)).expand(index.shape + x.shape[2:])
-    return x.gather(1, shaped)
+    # whole rows of one flat table: many times faster than `gather`, which is asked for every element
+    rows = index + n_tokens * torch.arange(batch, device=x.device)[:, None]
+    flat = x.reshape(batch * n_tokens, *x.shape[2:])
+    return flat.index_select(0, rows.reshape(-1)).reshape(*index.shape, *x.shape[2:])
 
 
 def take_along(x: Tensor, index: Tensor, dim: int = -1) -> Tensor:
