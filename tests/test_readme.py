@@ -29,13 +29,6 @@ def test_snippets_of_the_readme(code, capsys):
     assert not lp_patch.is_applied(model)
 
 
-def test_snippet_of_contributing():
-    (code,) = snippets(CONTRIBUTING)
-    names = {}
-    exec(code, names)
-    assert names["ADAPTER"].model_type not in lp_patch.supported()
-
-
 def test_tables_are_those_of_the_files():
     sys.path.insert(0, str(ROOT / "examples"))
     import tables
