@@ -82,15 +82,17 @@ SCORERS: dict[str, Scorer] = {
 }
 
 
-def text_query_weights(is_text: Tensor, is_visual: Tensor) -> Tensor:
+def text_query_weights(is_text: Tensor, is_visual: Tensor, kept: Tensor | None = None) -> Tensor:
     """Equal weight on every text token after the last visual token of its row (LearnPruner, section 3; set: ours).
 
-    Text before an image contributes exactly zero under the causal mask. A row without such text asks with its last
-    real token, so that the query set is never empty.
+    Text before an image contributes exactly zero under the causal mask; text between the frames of a video does not
+    ask either, even where nothing is left of the last frame. A row without text after its images asks with its last
+    token that is left, so that the query set is never empty.
 
     Args:
         is_text: (B, S) bool, real tokens that are not visual.
-        is_visual: (B, S) bool.
+        is_visual: (B, S) bool, visual tokens of the prompt.
+        kept: (B, S) bool, tokens that are left; None: all.
 
     Returns:
         (B, S) float32; each row that holds a token sums to 1.
@@ -98,12 +100,13 @@ def text_query_weights(is_text: Tensor, is_visual: Tensor) -> Tensor:
     positions = torch.arange(is_text.shape[1], device=is_text.device)
     last_visual = torch.where(is_visual, positions, -1).amax(dim=1, keepdim=True)
     queries = is_text & (positions > last_visual)
-    last_real = torch.where(is_text | is_visual, positions, -1).amax(dim=1, keepdim=True)
-    queries = queries | ((positions == last_real) & ~queries.any(dim=1, keepdim=True))
+    left = is_text | is_visual if kept is None else (is_text | is_visual) & kept
+    last_left = torch.where(left, positions, -1).amax(dim=1, keepdim=True)
+    queries = queries | ((positions == last_left) & ~queries.any(dim=1, keepdim=True))
     return queries.float() / queries.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-TEXT_SCORERS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"text": text_query_weights}
+TEXT_SCORERS: dict[str, Callable[..., Tensor]] = {"text": text_query_weights}
 
 
 def resolve_scorer(name: str, pruner: LearnablePruner | None) -> Scorer:
@@ -120,7 +123,7 @@ def resolve_scorer(name: str, pruner: LearnablePruner | None) -> Scorer:
     return scorer
 
 
-def resolve_text_scorer(name: str) -> Callable[[Tensor, Tensor], Tensor]:
+def resolve_text_scorer(name: str) -> Callable[..., Tensor]:
     """The stage-2 strategy that `name` means."""
     if name not in TEXT_SCORERS:
         raise ConfigError(f"unknown text_scorer {name!r}. Allowed: {', '.join(sorted(TEXT_SCORERS))}")

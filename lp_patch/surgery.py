@@ -425,14 +425,13 @@ class Surgery:
 
         run.live, run.plan, run.attention_mask, run.new_tokens = True, plan, mask, length
         keep = real & ~removed
-        is_text = real & ~visual & ~structural
+        is_text, is_text_h = real & ~visual & ~structural, real_h & ~visual_h & ~structural_h
         if self.state.local.candidates:
-            is_text[:, -self.state.local.candidates :] = False
+            is_text[:, -self.state.local.candidates :] = is_text_h[:, -self.state.local.candidates :] = False
         # line breaks are no text, but a prompt that ends in one asks with it
-        shown = (visual & ~removed) | structural
-        weights = self.text_weights(is_text, shown) * visual.any(dim=1, keepdim=True)
+        weights = self.text_weights(is_text, visual | structural, keep) * visual.any(dim=1, keepdim=True)
         # weights that lie after the images: a bound from the host's copies, on which late stage 1 shows nothing yet
-        asking = self.text_weights(real_h & ~visual_h & ~structural_h, (visual_h & ~removed_h) | structural_h) > 0
+        asking = self.text_weights(is_text_h, visual_h | structural_h, real_h & ~removed_h) > 0
         asking = (asking & visual_h.any(dim=1, keepdim=True)).cumsum(dim=1) > 0
         n_queries = max(1, int((asking & real_h & ~removed_h).sum(dim=1).max()))
         ids = self._position_ids(kwargs, length, device)

@@ -238,6 +238,25 @@ def test_rotary_sees_original_positions_and_nothing_else_sees_their_gaps(kind, g
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("kind", ["qwen3_vl", "qwen3_vl_moe"])
+def test_time_stamps_never_ask_not_even_before_a_frame_that_is_gone(kind):
+    model = tiny_qwen(kind, seed=6)
+    lost = 0
+    for seed in range(12):
+        row = prompt(kind, 2, ("video", 4, 1, 3), 3, seed=seed)
+        inputs = batch([row])
+        want = oracle(model, inputs, visual([row]), tokens=2, layer=2)
+        with lp_patch.applied(model, tokens=2, layer=2) as patch:
+            out = model(**inputs)
+        check_sets(patch.trace, want)
+        scores = dict(zip(want.stage1[0], patch.trace.stage2_scores[0].tolist(), strict=True))
+        assert scores == pytest.approx(want.scores2[0], rel=1e-5)
+        torch.testing.assert_close(out.logits[want.left], want.logits[want.left], **CLOSE)
+        lost += max(want.stage1[0]) < 9
+    assert lost > 0
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_sequences_are_refused(kind):
     model = tiny_qwen(kind)
