@@ -171,6 +171,16 @@ def test_assisted_decoding_equals_greedy(options):
 
 
 @pre_encodes
+def test_assisted_decoding_of_a_prompt_that_ends_in_an_image():
+    model = tiny_llava(seed=13)
+    ids, pixels = tokens(6, "image"), images(1)
+    with lp_patch.applied(model, tokens=4):
+        out = model.generate(
+            **batch([ids], pixels), max_new_tokens=8, do_sample=False, assistant_model=tiny_llava(seed=63)
+        )
+    assert out[0, len(ids) :].tolist() == generated(model, ids, pixels, 8, tokens=4)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("encoded", ["patched", "unpatched"])
 def test_features_from_the_caller(encoded):
