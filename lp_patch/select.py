@@ -28,6 +28,9 @@ def farthest_points(features: Tensor, seeds: Tensor, count: int) -> Tensor:
     # without seeds the start needs all similarities anyway: where they fit, steps look them up
     fits = seeds.shape[1] == 0 and batch * n_tokens**2 <= _CHUNK_ELEMENTS
     table = torch.bmm(unit, unit.transpose(1, 2)) if fits else None
+    if table is not None:
+        # two tokens that are each other's nearest tie: rounding, which differs by shape, must not decide
+        table = torch.maximum(table, table.transpose(1, 2))
     rows = max(1, _CHUNK_ELEMENTS // (batch * n_tokens))
 
     def similarity_to(picks: Tensor) -> Tensor:

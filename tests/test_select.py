@@ -51,6 +51,15 @@ def rows_and_seeds(draw, vectors=EXACT, max_tokens=9):
     return row, seeds, draw(st.integers(0, n - len(seeds)))
 
 
+def test_two_tokens_that_are_each_others_nearest_tie():
+    """The start is often one of such a pair; rounding must not decide which."""
+    for seed in range(200):
+        n_tokens = 3 + seed % 14
+        features = torch.randn(2, n_tokens, 33, generator=torch.Generator().manual_seed(seed))
+        got = farthest_points(features, torch.empty(2, 0, dtype=torch.long), 1)
+        assert got.tolist() == [greedy(row.double().tolist(), [], 1) for row in features]
+
+
 @given(rows_and_seeds())
 def test_farthest_points_with_duplicates_and_zero_vectors(case):
     row, seeds, count = case
