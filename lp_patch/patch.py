@@ -95,6 +95,8 @@ class Patch:
         try:
             for modality in parts.modalities:
                 self._wrap(parts.base, modality.encode, partial(surgery.around_encode, modality.name))
+            if parts.adapter.merge is not None:
+                self._wrap(parts.base, parts.adapter.merge, surgery.around_merge)
             for name in PREFILL_METHODS:
                 if hasattr(parts.model, name):
                     self._wrap(parts.model, name, surgery.around_prefill)

@@ -26,6 +26,7 @@ BUILT_IN = (
     "mistral3",
     "idefics3",
     "smolvlm",
+    "llava_llama",
 )
 UNFIT = {
     "gemma3": "its image tokens attend to one another in both directions, and most of its layers only to a window",
@@ -40,12 +41,12 @@ class Modality(NamedTuple):
     Attributes:
         name: as transformers names it in `mm_encoder_outputs`.
         encode: method of the merging module that returns its features as `pooler_output`.
-        placeholder: config field with the id of the token which a feature replaces.
+        placeholder: config field with the id of the token which a feature replaces, or that id.
     """
 
     name: str
     encode: str
-    placeholder: str
+    placeholder: str | int
 
 
 IMAGE = Modality("image", "get_image_features", "image_token_id")
@@ -60,6 +61,9 @@ class Adapter:
         model_type: `config.model_type` of the whole model.
         family: the name that users know it by.
         modalities: what it sees.
+        merge: method of the whole model that puts encoded features (F, N, D) in the place of single placeholders of its
+            `input_ids`; the merged embeddings (B, S, D) are the one 3-D tensor of what it returns. Paths then start at
+            the whole model. None: the forward of the model without its head merges, a feature row per placeholder.
         projector: module that maps encoder features (B, N, C) token by token to the language model's width; stage 1
             prunes before it. None where none does so (mergers, tilings): stage 1 then prunes the projected features.
         width: from the model's config, the width of the features that stage 1 reads; None: the language model's.
@@ -81,6 +85,7 @@ class Adapter:
     model_type: str
     family: str
     modalities: tuple[Modality, ...] = (IMAGE,)
+    merge: str | None = None
     projector: str | None = None
     width: Callable[[Any], int] | None = None
     structural: Callable[[Any, Tensor], Tensor] | None = None
@@ -199,7 +204,7 @@ def find_parts(model: object) -> Parts:
             "or an entry point makes it known"
         )
     adapter = _adapters[model_type]
-    base = merging_module(inner)
+    base = merging_module(inner) if adapter.merge is None else inner
 
     def point(root: Any, path: str) -> Any:
         found = root
@@ -214,6 +219,8 @@ def find_parts(model: object) -> Parts:
 
     for modality in adapter.modalities:
         point(base, modality.encode)
+    if adapter.merge is not None:
+        point(base, adapter.merge)
     layers = tuple(point(base, adapter.layers))
     language_model = point(base, adapter.language_model)
     if len(layers) < 2:
@@ -233,7 +240,12 @@ def find_parts(model: object) -> Parts:
         model=inner,
         base=base,
         modalities=tuple(
-            ModalityPart(m.name, m.encode, point(inner.config, m.placeholder)) for m in adapter.modalities
+            ModalityPart(
+                m.name,
+                m.encode,
+                m.placeholder if isinstance(m.placeholder, int) else point(inner.config, m.placeholder),
+            )
+            for m in adapter.modalities
         ),
         projector=None if adapter.projector is None else point(base, adapter.projector),
         language_model=language_model,

@@ -7,6 +7,8 @@ One forward, in order of the hooks:
                              fills the others with -inf. That mark travels with the features wherever they go (through
                              `generate`, beams, the caller's hands), and the number of features stays what
                              transformers expects.
+    around_merge             where a method merges, perhaps before generate() and with a prompt that grows: notes where
+                             it puts the features, by calling it again on features that tell their number
     before_base              remembers the prompt, and features that came from outside
     before_language_model    cuts marked rows out of the sequence, with mask and positions; where a family has no
                              projector that works token by token, and for features from outside, stage 1 happens here
@@ -20,6 +22,7 @@ Everything that a forward decides lives in a `Run`, one per thread, made anew wh
 look into the hooks: it would trace the run's state once and for all, and silently.
 """
 
+import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -95,6 +98,23 @@ class Encoding:
     present: int = 0
 
 
+@dataclass(frozen=True)
+class Merged:
+    """What a merging method returned.
+
+    Attributes:
+        embeds: (B, S, D), by which the forward that is given them knows them again.
+        numbers: (B, S) int64, the feature that stands there, -1 for text.
+        modality: of the features.
+        features: the rows in the prompt of each feature, row by row in the prompt's order.
+    """
+
+    embeds: Tensor
+    numbers: Tensor
+    modality: str
+    features: list[list[Tensor]]
+
+
 @dataclass
 class Run:
     """All that one forward decides.
@@ -109,6 +129,7 @@ class Run:
     ids: Tensor | None = None
     embeds: Tensor | None = None
     features: dict[str, list[Tensor]] = field(default_factory=dict)
+    visual: Tensor | None = None
     live: bool = False
     plan: Plan | None = None
     record: Record | None = None
@@ -128,6 +149,8 @@ class PerThread(threading.local):
 
     run: Run | None = None
     record: Record | None = None
+    merged: Merged | None = None
+    numbered: Tensor | None = None
     assisted: bool = False
     candidates: int = 0
 
@@ -225,6 +248,8 @@ class Surgery:
     @torch.compiler.disable
     def around_encode(self, modality: str, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         """Wraps the method that encodes images (or videos): only inside it does the projector prune."""
+        if self.state.local.numbered is not None:
+            return self.state.local.numbered
         run = self.state.local.run or self._begin(Run())
         if run.encoding is not None:
             return wrapped(*args, **kwargs)  # a method for videos that calls the one for images
@@ -236,9 +261,8 @@ class Surgery:
         features = encoded_features(output)
         if features is not None:
             run.features[modality] = list(features)
-            if isinstance(features, (list, tuple)):
-                for feature, scores in zip(features, encoding.scores, strict=False):
-                    setattr(feature, _SCORES, scores)
+            for feature, scores in zip(run.features[modality], encoding.scores, strict=False):
+                setattr(feature, _SCORES, scores)
         return output
 
     def observe_cls(self, query: Tensor, key: Tensor, scaling: float) -> None:
@@ -317,6 +341,45 @@ class Surgery:
     # ------------------------------------------------------------------ the merging module
 
     @torch.compiler.disable
+    def around_merge(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+        """Wraps a method that merges: notes where the features of its images are in the embeddings it returns."""
+        local = self.state.local
+        run = local.run or self._begin(Run())
+        run.features, local.merged = {}, None
+        output = wrapped(*args, **kwargs)
+        if not run.features:
+            return output  # no images
+        ((modality, features),) = run.features.items()
+        local.numbered = number_features(features)
+        try:
+            with torch.no_grad():
+                numbers = read_numbers(_merged_embeds(wrapped(*args, **kwargs)))
+        finally:
+            local.numbered = None
+        ids = inspect.signature(wrapped).bind(*args, **kwargs).arguments["input_ids"]
+        (token,) = [m.placeholder for m in self.parts.modalities if m.name == modality]
+        placed = [row[row >= 0].unique_consecutive(return_counts=True) for row in numbers.cpu()]
+        for (which, _), expected in zip(placed, (ids == token).sum(dim=1).tolist(), strict=True):
+            if len(which) > expected:
+                raise UnsupportedInputError(
+                    f"a prompt with {expected} images was given {len(which)} tiles, which {self.parts.adapter.family} "
+                    "merges without their bounds: give one tile per image, or remove the patch"
+                )
+        rows = [[_placed(features[i], n) for i, n in zip(*map(Tensor.tolist, x), strict=True)] for x in placed]
+        local.merged = Merged(_merged_embeds(output).detach(), numbers, modality, rows)
+        return output
+
+    def _recall(self, before: Run, embeds: Tensor) -> None:
+        """Where these embeddings (B, S, D) are what the merging method returned, tell their visual positions."""
+        before.features, merged = {}, self.state.local.merged
+        if merged is None or embeds.shape[1:] != merged.embeds.shape[1:] or len(embeds) % len(merged.embeds):
+            return
+        times = len(embeds) // len(merged.embeds)  # beams, and several answers to one prompt
+        if torch.equal(embeds, merged.embeds.repeat_interleave(times, dim=0).to(embeds)):
+            before.visual = (merged.numbers >= 0).repeat_interleave(times, dim=0)
+            before.features = {merged.modality: [x for row in merged.features for x in row * times]}
+
+    @torch.compiler.disable
     def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A forward starts: forget the last one, remember the prompt and features that come encoded."""
         run = self._begin(Run(started=True))
@@ -329,6 +392,8 @@ class Surgery:
 
     def _placeholders(self, before: Run, token: int) -> Tensor:
         """(B, S) bool: positions that a visual feature replaces."""
+        if before.visual is not None:
+            return before.visual
         if before.ids is not None:
             return before.ids == token
         assert before.embeds is not None  # transformers refuses a call with neither
@@ -349,6 +414,8 @@ class Surgery:
         """Cut removed rows out, or translate the mask of a later step to what the cache holds."""
         before, run = self._own_run(), self._begin(Run())
         embeds = kwargs.get("inputs_embeds")
+        if embeds is not None and self.parts.adapter.merge is not None:
+            self._recall(before, embeds)
         if before.shown and not before.features:
             self._warn(
                 f"this call shows images, but no features of theirs passed {self.parts.adapter.family}'s "
@@ -705,6 +772,40 @@ def _mark(survivors: Tensor, index: Tensor, present: int) -> Tensor:
     batch, _, width = survivors.shape
     rows = index.to(survivors.device)[..., None].expand(-1, -1, width)
     return survivors.new_full((batch, present, width), REMOVED).scatter(1, rows, survivors)
+
+
+def number_features(features: Sequence[Tensor]) -> Tensor:
+    """F features (N, D) -> (F, N, D) of rows that say, bit by bit after a first mark, which feature they belong to.
+
+    Zeros and infinities pass through any dtype.
+    """
+    shown = torch.zeros_like(torch.stack(list(features)))
+    shown[..., 0] = REMOVED
+    for bit in range(len(features).bit_length()):
+        shown[[i for i in range(len(features)) if i >> bit & 1], :, 1 + bit] = REMOVED
+    return shown
+
+
+def read_numbers(embeds: Tensor) -> Tensor:
+    """(B, S, D) in which numbered features were merged -> (B, S) int64: a feature's number, -1 for text."""
+    width = min(embeds.shape[-1] - 1, 62)
+    bits = 2 ** torch.arange(width, device=embeds.device)
+    numbers = ((embeds[..., 1 : 1 + width] == REMOVED) * bits).sum(dim=-1)
+    return numbers.masked_fill(~_is_removed(embeds), -1)
+
+
+def _placed(feature: Tensor, count: int) -> Tensor:
+    """The rows (count, D) of a feature (N, D) that are in the prompt: one that is cut at its end may lack some."""
+    rows = feature[:count].detach()
+    if count == len(feature):
+        setattr(rows, _SCORES, getattr(feature, _SCORES, None))
+    return rows
+
+
+def _merged_embeds(output: Sequence[Any]) -> Tensor:
+    """The merged embeddings (B, S, D) among what a merging method returns."""
+    (embeds,) = [x for x in output if isinstance(x, Tensor) and x.dim() == 3]
+    return embeds
 
 
 def _and(keep: Tensor, valid: Tensor | None) -> Tensor:
