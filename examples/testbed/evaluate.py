@@ -12,9 +12,11 @@ import hashlib
 import json
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -27,6 +29,8 @@ from transformers.utils import ModelOutput
 HERE = Path(__file__).resolve().parent
 SPLITS = ("seen_styles", "unseen_style")
 METHODS = ("random", "uniform", "cls", "diversity")
+ORACLE = "oracle"
+"""Knows the true object patches: keeps them, drawn evenly where they are too many, then random others."""
 BUDGETS = (192, 128, 64, 32, 16)
 TYPES = ("all", "existence", "existence yes", "existence no", "count", "what", "where", "colour")
 BLIND = ("grey picture", "wrong picture")
@@ -68,11 +72,17 @@ class Run:
             options["diversity"] = 0.0
         return options
 
+    @property
+    def pruned(self) -> bool:
+        """Whether the library takes part."""
+        return self.method in METHODS or self.method == ORACLE
+
 
 RUNS = [
     Run("full", 576),
     *(Run(name, 576) for name in BLIND),
     *(Run(method, tokens, stage2) for method in METHODS for tokens in BUDGETS for stage2 in (False, True)),
+    *(Run(ORACLE, tokens) for tokens in BUDGETS),
 ]
 
 
@@ -149,6 +159,15 @@ class Evaluation:
         self.seed = seed
         self.counts: dict[tuple[str, Run, str], list[float]] = {}
 
+    def know(self, asked: list[dict], seed: int) -> None:
+        """Tell the library's catalogue about the true object patches of a batch, as one more scorer."""
+        from lp_patch import strategies
+
+        scores = torch.rand(len(asked), 576, generator=torch.Generator().manual_seed(seed))
+        for row, question in enumerate(asked):
+            scores[row, self.foreground[question["picture"]]] += 1
+        strategies.SCORERS[ORACLE] = strategies.Scorer(ORACLE, "the testbed's labels", lambda given: scores)
+
     def batches(self, split: str, pictures: int = 8) -> Iterator[tuple[list[dict], dict[str, dict]]]:
         """Questions of a few pictures, with inputs for the true, the grey and a wrong picture."""
         names = sorted({question["picture"] for question in self.questions if question["split"] == split})
@@ -175,9 +194,11 @@ class Evaluation:
         """Answer a batch in one way and add to the tallies."""
         batch = inputs.get(run.method, inputs["true"])
         pruning = nullcontext()
-        if run.method in METHODS:
+        if run.pruned:
             import lp_patch
 
+            if run.method == ORACLE:
+                self.know(asked, seed)
             pruning = lp_patch.applied(self.model, **run.options(seed))
         with remembered_vision(self.model, run.method == "cls"), pruning as patch:
             output = self.model.generate(**batch, max_new_tokens=3, do_sample=False)
@@ -207,15 +228,16 @@ class Evaluation:
                         entry[place] += value
                         entry[place + 1] += 1
 
-    def measure(self, runs: list[Run]) -> None:
-        """All runs on all batches."""
+    def measure(self, split: str, runs: list[Run], part: int = 0, parts: int = 1) -> None:
+        """All runs on every ``parts``-th batch of a split."""
         began = time.time()
-        for split in SPLITS:
-            for number, (asked, inputs) in enumerate(self.batches(split)):
-                for run in runs:
-                    self.answer(run, asked, inputs, self.seed + number)
-                self.model.__dict__.get("_testbed_memory", {}).clear()
-                print(f"{split}: batch {number + 1}, {time.time() - began:.0f} s", flush=True)
+        for number, (asked, inputs) in enumerate(self.batches(split)):
+            if number % parts != part:
+                continue
+            for run in runs:
+                self.answer(run, asked, inputs, self.seed + number)
+            self.model.__dict__.get("_testbed_memory", {}).clear()
+            print(f"{split}: batch {number + 1}, {time.time() - began:.0f} s", flush=True)
 
     def rows(self, folder: Path) -> Iterator[dict]:
         """The rows of the CSV."""
@@ -251,6 +273,33 @@ class Evaluation:
             }
 
 
+def work(job: tuple[argparse.Namespace, str, list[Run], int]) -> dict:
+    """One process's share of a split."""
+    args, split, runs, part = job
+    torch.set_num_threads(args.threads)
+    evaluation = Evaluation(args.model, args.limit, args.seed, getattr(torch, args.dtype))
+    evaluation.measure(split, runs, part, args.workers)
+    return evaluation.counts
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure everything asked for; the CSV is written after each split."""
+    evaluation = Evaluation(args.model, args.limit, args.seed, getattr(torch, args.dtype))
+    for split in args.splits:
+        runs = [run for run in RUNS if args.methods is None or run.method in args.methods]
+        runs = [run for run in runs if not run.pruned or run.tokens in args.budgets]
+        jobs = [(args, split, runs, part) for part in range(args.workers)]
+        with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
+            for counts in pool.map(work, jobs):
+                for key, entry in counts.items():
+                    total = evaluation.counts.setdefault(key, [0] * len(entry))
+                    evaluation.counts[key] = [sum(pair) for pair in zip(total, entry, strict=True)]
+        with args.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(evaluation.rows(args.model))
+
+
 def percent(row: dict | None) -> str:
     """A share as a percentage, or a dash."""
     return f"{100 * float(row['accuracy']):.1f}" if row else "-"
@@ -284,7 +333,7 @@ def tables(path: Path) -> str:
                 f"| {title} | " + " | ".join(map(str, BUDGETS)) + " |",
                 "|---|" + "---:|" * len(BUDGETS),
             ]
-            for method in METHODS:
+            for method in (*METHODS, ORACLE) if stage2 == "no" else METHODS:
                 cells = [percent(found.get((split, method, stage2, tokens, "all"))) for tokens in BUDGETS]
                 lines.append(f"| {method} | " + " | ".join(cells) + " |")
             lines.append("")
@@ -295,7 +344,7 @@ def tables(path: Path) -> str:
                 f"| {title} | " + " | ".join(map(str, BUDGETS)) + " |",
                 "|---|" + "---:|" * len(BUDGETS),
             ]
-            for method in METHODS:
+            for method in (*METHODS, ORACLE) if stage2 == "no" else METHODS:
                 cells = []
                 for tokens in BUDGETS:
                     row = found.get((split, method, stage2, tokens, "all"))
@@ -306,7 +355,7 @@ def tables(path: Path) -> str:
     lines += ["### By question type at 64 and 32 tokens, stage 1 alone, seen styles", ""]
     lines += ["| method | tokens | " + " | ".join(TYPES) + " |", "|---|---:|" + "---:|" * len(TYPES)]
     for tokens in (64, 32):
-        for method in METHODS:
+        for method in (*METHODS, ORACLE):
             cells = [percent(found.get((SPLITS[0], method, "no", tokens, kind))) for kind in TYPES]
             lines.append(f"| {method} | {tokens} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -328,21 +377,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=HERE / "model")
     parser.add_argument("--output", type=Path, default=HERE / "results.csv")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--workers", type=int, default=2, help="processes")
+    parser.add_argument("--threads", type=int, default=1, help="a process")
     parser.add_argument("--limit", type=int, help="pictures a split, for a quick look")
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--methods", nargs="+", help="only these methods")
+    parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, help="only these budgets")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--tables", action="store_true", help="only rewrite the tables")
     args = parser.parse_args()
     if not args.tables:
-        torch.set_num_threads(args.threads)
-        runs = [run for run in RUNS if args.methods is None or run.method in args.methods]
-        evaluation = Evaluation(args.model, args.limit, args.seed, getattr(torch, args.dtype))
-        evaluation.measure(runs)
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(evaluation.rows(args.model))
+        measure(args)
     if args.output == HERE / "results.csv":
         write_tables(args.output)
     else:

@@ -29,7 +29,7 @@ def options() -> argparse.Namespace:
         "--tower-minutes", type=float, nargs=2, default=(28.0, 10.0), help="on crops, on whole pictures"
     )
     parser.add_argument(
-        "--language-minutes", type=float, nargs=4, default=(4.0, 20.0, 6.0, 21.0), help="of the four phases"
+        "--language-minutes", type=float, nargs=4, default=(4.0, 20.0, 14.0, 10.5), help="of the four phases"
     )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--output", type=Path, default=MODEL)
@@ -63,8 +63,8 @@ def main() -> None:
         phases = [
             Phase(warm, 160, 16, 1e-3, 1e-3, grounding=(1.0, 1.0), gentle=True),
             Phase(ground, 192, 6, 1e-3, 9e-4, grounding=(1.0, 0.2)),
-            Phase(widen, 576, 6, 9e-4, 8e-4, grounding=(0.6, 0.1)),
-            Phase(free, 576, 6, 8e-4, 2e-5),
+            Phase(widen, 576, 6, 9e-4, 2e-4, grounding=(1.2, 0.0)),
+            Phase(free, 576, 6, 2e-4, 2e-5),
         ]
         model = language.train(trainee, plain, held_out, FOLDER, phases)
         print(f"largest difference to the stock forward in fp32: {language.check(model, plain):.1e}")
