@@ -283,21 +283,41 @@ def work(job: tuple[argparse.Namespace, str, list[Run], int]) -> dict:
 
 
 def measure(args: argparse.Namespace) -> None:
-    """Measure everything asked for; the CSV is written after each split."""
+    """Measure everything asked for; the CSV is brought up to date after each split."""
     evaluation = Evaluation(args.model, args.limit, args.seed, getattr(torch, args.dtype))
     for split in args.splits:
         runs = [run for run in RUNS if args.methods is None or run.method in args.methods]
-        runs = [run for run in runs if not run.pruned or run.tokens in args.budgets]
+        runs = [run for run in runs if run.tokens in args.budgets]
         jobs = [(args, split, runs, part) for part in range(args.workers)]
         with ProcessPoolExecutor(args.workers, get_context("spawn")) as pool:
             for counts in pool.map(work, jobs):
                 for key, entry in counts.items():
                     total = evaluation.counts.setdefault(key, [0] * len(entry))
                     evaluation.counts[key] = [sum(pair) for pair in zip(total, entry, strict=True)]
-        with args.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(evaluation.rows(args.model))
+        merge(args.output, list(evaluation.rows(args.model)))
+
+
+def merge(path: Path, rows: list[dict]) -> None:
+    """Put rows in the CSV; they replace earlier rows of the same runs and all rows of other weights."""
+    names = ("split", "method", "stage2", "tokens", "type")
+    found: dict[tuple[str, ...], dict] = {}
+    if path.exists():
+        with path.open() as file:
+            for row in csv.DictReader(file):
+                if row["model_sha256"] == rows[0]["model_sha256"]:
+                    found[tuple(row[name] for name in names)] = row
+    for row in rows:
+        found[tuple(str(row[name]) for name in names)] = row
+    order = {(run.method, str(run.tokens), "yes" if run.stage2 else "no"): i for i, run in enumerate(RUNS)}
+
+    def place(row: dict) -> tuple[int, int, int]:
+        run = order[row["method"], str(row["tokens"]), row["stage2"]]
+        return SPLITS.index(row["split"]), run, TYPES.index(row["type"])
+
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(found.values(), key=place))
 
 
 def percent(row: dict | None) -> str:
@@ -382,7 +402,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="pictures a split, for a quick look")
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--methods", nargs="+", help="only these methods")
-    parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS, help="only these budgets")
+    parser.add_argument("--budgets", nargs="+", type=int, default=(576, *BUDGETS), help="only these")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--tables", action="store_true", help="only rewrite the tables")
     args = parser.parse_args()

@@ -17,8 +17,8 @@ SPLITS = {
     "unseen_style": (80, 78, Style(held_out=True, styles=(UNSEEN_STYLE,))),
 }
 QUALITY = 80
-DEMO = ("seen_styles", 52, 4)
-"""Split, scene and number of questions of the demo picture."""
+DEMO = ("seen_styles", 12, slice(1, 5))
+"""Split, scene and questions of the demo picture."""
 
 
 def build() -> None:
@@ -39,7 +39,7 @@ def build() -> None:
             if (split, index) == DEMO[:2]:
                 Image.fromarray(pixels).save(FOLDER.parent / "demo.png", optimize=True)
                 known = [{"question": asking.text, "answer": asking.answer} for asking in row]
-                demo = json.dumps({"picture": "demo.png", "questions": known[: DEMO[2]]}, indent=2)
+                demo = json.dumps({"picture": "demo.png", "questions": known[DEMO[2]]}, indent=2)
                 (FOLDER.parent / "demo.json").write_text(demo + "\n")
             solid = (planes[0] > 0) & (planes[0] < IGNORE)
             foreground[name] = np.flatnonzero(solid).tolist()
