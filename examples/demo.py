@@ -119,7 +119,7 @@ def draw_kept(axes: plt.Axes, picture: np.ndarray, kept: list[int], grid: int, c
     size = picture.shape[0] // grid
     cells = np.kron(mask, np.ones((size, size), dtype=bool))[..., None]
     grey = picture.mean(axis=-1, keepdims=True)
-    axes.imshow(np.where(cells, picture, 0.75 + 0.25 * grey), interpolation="lanczos")
+    axes.imshow(np.where(cells, picture, 0.8 + 0.2 * grey), interpolation="lanczos")
     padded = np.pad(mask, 1)
     sides = []
     for row, column in zip(*np.nonzero(padded[:, 1:] != padded[:, :-1]), strict=True):
@@ -184,7 +184,7 @@ def main() -> None:
     model = AutoModelForImageTextToText.from_pretrained(options.model).eval()
     processor = AutoProcessor.from_pretrained(options.model)
     image = Image.open(options.picture).convert("RGB")
-    questions = json.loads(options.questions.read_text())
+    questions = json.loads(options.questions.read_text())["questions"]
 
     parameters = sum(x.numel() for x in model.parameters())
     print(

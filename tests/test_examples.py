@@ -48,7 +48,7 @@ def test_quickstart() -> None:
 
 
 def test_demo(tmp_path: Path) -> None:
-    questions = json.loads(QUESTIONS.read_text())
+    questions = json.loads(QUESTIONS.read_text())["questions"]
     output = run("demo.py", "--runs", 1, "--output", tmp_path / "demo.png")
     for question in questions:
         assert f"{question['question']}  (truth: {question['answer']})" in output
