@@ -14,7 +14,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import lp_patch
 
 testbed = Path(__file__).resolve().parent / "testbed"
-defaults = [testbed / "model", testbed / "demo.png", json.loads((testbed / "demo.json").read_text())[0]["question"]]
+asked = json.loads((testbed / "demo.json").read_text())["questions"][0]["question"]
+defaults = [testbed / "model", testbed / "demo.png", asked]
 checkpoint, picture, question = [*sys.argv[1:], *defaults[len(sys.argv) - 1 :]]
 
 model = AutoModelForImageTextToText.from_pretrained(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
