@@ -51,10 +51,9 @@ class _GatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scaling: float) -> Tensor:
-        dtype = _inner_dtype(query)
         with torch.autocast(query.device.type, enabled=False):
-            q, k, v = _grouped(query, key, dtype) * scaling, key.to(dtype).contiguous(), value.to(dtype).contiguous()
-            log_gate = gate.to(dtype).log()
+            q, k, v, g = _prepared(query, key, value, gate, scaling)
+            log_gate = g.log()
             out = torch.empty_like(q, dtype=query.dtype)
             normaliser = q.new_empty(q.shape[:-1])
             for start, stop in _blocks(q):
@@ -74,21 +73,16 @@ class _GatedAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         query, key, value, gate, out, normaliser = ctx.saved_tensors
-        dtype = _inner_dtype(query)
         # A closed key's weight is taken at a tiny gate, and divided by that for the gate's own gradient. The limit
         # keeps every sum finite; it is met only where that gradient is too large for the dtype (it becomes inf).
-        floor = torch.finfo(dtype).tiny ** 0.5
-        limit = 0.7 * math.log(torch.finfo(dtype).max)
+        number = torch.finfo(normaliser.dtype)
+        limit = 0.7 * math.log(number.max)
         with torch.autocast(query.device.type, enabled=False):
-            q, k, v = (
-                _grouped(query, key, dtype) * ctx.scaling,
-                key.to(dtype).contiguous(),
-                value.to(dtype).contiguous(),
-            )
-            grad = _grouped(grad, key, dtype)
-            floored = gate.to(dtype).clamp(min=floor)
-            share = (gate / floored)[:, None, :, None]  # what is left of a key at its true gate: 1, or 0 if closed
-            mean = (grad * _grouped(out, key, dtype)).sum(dim=-1)
+            q, k, v, g = _prepared(query, key, value, gate, ctx.scaling)
+            floored = g.clamp(min=number.tiny**0.5)
+            share = (g / floored)[:, None, :, None]  # what is left of a key at its true gate: 1, or 0 if closed
+            grad = grad.to(q.dtype).view(q.shape)
+            mean = (grad * out.view(q.shape)).sum(dim=-1)
             open_k, log_gate = k * share, floored.log()
             grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
             grad_gate = torch.zeros_like(floored)
@@ -141,13 +135,11 @@ def _blocks(q: Tensor) -> Iterator[tuple[int, int]]:
         yield start, min(start + rows, length)
 
 
-def _grouped(x: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
-    """The heads that share a key side by side: (B, H, L, D) -> (B, KV, G, L, D), contiguous."""
-    return x.to(dtype).contiguous().unflatten(1, (key.shape[1], -1))
-
-
-def _inner_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+def _prepared(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scaling: float) -> tuple[Tensor, ...]:
+    """The inputs in the dtype to compute in, contiguous; the query scaled and by key, (B, KV, G, L, D)."""
+    dtype = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q, k, v = (x.to(dtype).contiguous() for x in (query, key, value))
+    return q.unflatten(1, (k.shape[1], -1)) * scaling, k, v, gate.to(dtype)
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> None:

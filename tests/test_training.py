@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 from lp_patch import UnsupportedInputError, training
 from lp_patch.training import gated_attention
@@ -204,6 +205,10 @@ def test_dtypes_that_autocast_mixes():
     actual = run(gated_attention, inputs, upstream)
     assert [x.dtype for x in actual] == [torch.float32] * 3 + [torch.bfloat16, torch.float16]
     assert_close(actual, run(eager, [x.double() for x in inputs], upstream.double()), rtol=1e-2)
+    inputs = [query, key, value, gate.double()]
+    actual = run(gated_attention, inputs, upstream)
+    assert [x.dtype for x in actual] == [torch.float32] * 4 + [torch.float64]
+    assert_close(actual, run(eager, [x.double() for x in inputs], upstream.double()), rtol=2e-5)
 
 
 # ------------------------------------------------------------------ memory and layout
@@ -268,6 +273,12 @@ def test_only_the_gate_needs_a_gradient():
     assert query.grad is None
     with torch.no_grad():
         assert not gated_attention(query, key, value, gate).requires_grad
+
+
+def test_under_activation_checkpointing():
+    inputs, upstream = draw(1, 2, 2, 8, 4)
+    actual = run(lambda *leaves: checkpoint(gated_attention, *leaves, use_reentrant=False), inputs, upstream)
+    assert_close(actual, run(gated_attention, inputs, upstream), rtol=1e-12)
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 2, 5, 3), (2, 2, 2, 0, 3)])
