@@ -423,14 +423,16 @@ class Surgery:
             )
         if embeds is not None and before.started and before.features:
             return self._prefill(run, before, args, kwargs)
-        if embeds is not None and kv.seen_tokens(kwargs.get("past_key_values")) == 0:
-            if (before.embeds is not None or not before.started) and _is_removed(embeds).any():
+        tokens = kwargs.get("input_ids") if embeds is None else embeds
+        if tokens is not None and kv.seen_tokens(kwargs.get("past_key_values")) == 0:
+            given = before.embeds is not None or not before.started
+            if given and embeds is not None and _is_removed(embeds).any():
                 raise UnsupportedInputError(
                     "inputs_embeds holds image features that lp_patch has pruned, already merged. Leave the "
                     "placeholder embeddings in and pass the features as mm_encoder_outputs, or encode them with the "
                     "patch removed"
                 )
-            batch, length = embeds.shape[:2]
+            batch, length = tokens.shape[:2]
             empty = torch.zeros(batch, length, dtype=torch.bool)
             self._keep(Record(self.shape, empty, empty, [length] * batch, [False] * batch, []))
         return self._continue(run, args, kwargs)

@@ -250,6 +250,9 @@ def test_full_budget_text_and_removal_bit_for_bit(make):
     with lp_patch.applied(model, tokens=5) as patch:
         pruned = run()
         assert torch.equal(pruned[1], plain[1]) and not torch.equal(pruned[0], plain[0])
+        model(ids, attention_mask=mask, images=given)
+        assert patch.trace.visual_tokens == [N, 2 * N, 0, N]
+        model(text)
         assert patch.trace.visual_tokens == [0]
     assert all(map(torch.equal, run(), plain))
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == before
