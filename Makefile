@@ -12,6 +12,8 @@ OLDER := 5.17.0 4.57.6
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[examples,test]"
+	# its pins are of 2023; tests/test_original_llava.py says with what it runs
+	$(BIN)/pip install --quiet --no-deps llava-torch==1.2.2.post1
 	touch $@
 
 demo: .venv/ready

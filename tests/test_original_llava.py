@@ -206,7 +206,8 @@ def test_beams_and_several_answers(make):
     rows = PROMPTS[:2]
     pictures, given = pictures_of(rows)
     ids, mask = padded(rows, "left")
-    with lp_patch.applied(model, tokens=5) as patch:
+    ours, theirs = split_options(CASES["learned"])
+    with lp_patch.applied(model, **ours) as patch:
         beams = generate(
             model, ids, images=given, attention_mask=mask, num_beams=2, num_return_sequences=2, length_penalty=0.0,
             output_scores=True,
@@ -214,11 +215,13 @@ def test_beams_and_several_answers(make):
         torch.manual_seed(0)
         drawn = generate(model, ids, images=given, attention_mask=mask, do_sample=True, num_return_sequences=2, top_k=0)
         assert patch.trace.visual_tokens == [N, N, 2 * N, 2 * N]
+        scores = patch.trace.stage1_scores
+        assert torch.equal(scores[0], scores[1]) and torch.equal(scores[2], scores[3])
     for i in range(4):
         for out in (beams, drawn):
             new = out.sequences[i : i + 1].tolist()
             grown = Grown(model, rows[i // 2 : i // 2 + 1], pictures[i // 2 : i // 2 + 1], "left", new=new)
-            logits = grown.want(tokens=5).logits[0, grown.width - 1 : -1]
+            logits = grown.want(**theirs).logits[0, grown.width - 1 : -1]
             if out is beams:
                 score = logits.log_softmax(-1).gather(1, torch.tensor(new[0])[:, None]).sum()
                 assert float(out.sequences_scores[i]) == pytest.approx(float(score), abs=1e-3)
