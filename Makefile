@@ -8,11 +8,11 @@ OLDER := 5.17.0 4.57.6
 
 .PHONY: demo test test-long test-older lint benchmark matrix clean
 
+# llava-torch without its pins, which are of 2023: tests/test_original_llava.py says with what it runs
 .venv/ready: setup.cfg pyproject.toml Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet "$(TORCH)"
 	$(BIN)/pip install --quiet --editable ".[examples,test]"
-	# its pins are of 2023; tests/test_original_llava.py says with what it runs
 	$(BIN)/pip install --quiet --no-deps llava-torch==1.2.2.post1
 	touch $@
 
