@@ -105,7 +105,8 @@ def compare(options: argparse.Namespace, length: int) -> dict[str, object]:
     inputs, upstream = make_inputs(options, length)
     for form in FORMS:
         step(form, inputs, upstream)
-    pairs = [[step(form, inputs, upstream) for form in FORMS] for _ in range(options.pairs)]
+    count = options.pairs * max(options.lengths) // length  # short steps are the noisy ones
+    pairs = [[step(form, inputs, upstream) for form in FORMS] for _ in range(count)]
     first, speedup, third = statistics.quantiles((a / b for a, b in pairs), n=4, method="inclusive")
     found: dict[str, object] = {
         **{f"{form}_s": f"{statistics.median(x):.6g}" for form, x in zip(FORMS, zip(*pairs, strict=True), strict=True)},
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--dim", type=int, default=64)
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=9, help="at the greatest length, more at shorter ones")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--peak-of", choices=FORMS, help=argparse.SUPPRESS)
@@ -149,10 +150,10 @@ def main() -> None:
     cpu = options.device == "cpu"
     about = {
         "date": datetime.date.today().isoformat(),
-        "device": f"cpu {platform.machine()}, {options.threads} threads" if cpu else torch.cuda.get_device_name(),
+        "device": f"cpu {platform.machine()}" if cpu else torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **{name: getattr(options, name) for name in ("batch", "heads", "kv_heads", "dim")},
+        **{name: getattr(options, name) for name in ("threads", "batch", "heads", "kv_heads", "dim")},
     }
     rows = []
     for length in options.lengths:

@@ -12,7 +12,7 @@ from .errors import UnsupportedInputError
 
 # The largest block of attention weights ever held, unless the query itself is larger. On a CPU it should fit a cache.
 _BLOCK_ELEMENTS = 1 << 24
-_CPU_BLOCK_ELEMENTS = 1 << 20
+_CPU_BLOCK_ELEMENTS = 1 << 19
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
