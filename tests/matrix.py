@@ -66,7 +66,7 @@ ROWS = {
     "accelerate: weights offloaded to CPU or disk": [f"{WRAP}::test_accelerate_offloading"],
     "bitsandbytes 4-bit (CPU)": [f"{WRAP}::test_bitsandbytes_4_bit"],
     "Trainer": [f"{WRAP}::test_trainer"],
-    "`pipeline(\"image-text-to-text\")`": [f"{WRAP}::test_pipeline_with_the_trained_testbed"],
+    '`pipeline("image-text-to-text")`': [f"{WRAP}::test_pipeline_with_the_trained_testbed"],
     "`deepcopy`, pickle, `torch.save`, `save_pretrained`": [
         f"{LIFE}::test_a_copy_of_a_patched_model_is_a_patched_model_of_its_own",
         f"{LIFE}::test_pickle_and_torch_save_of_a_patched_model",
