@@ -151,12 +151,19 @@ def check_prunable(cache: object) -> None:
     if not isinstance(cache, Cache):
         raise UnsupportedInputError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
     for layer in cache.layers:
-        if getattr(layer, "is_compileable", False) or getattr(layer, "is_sliding", False) or not hasattr(layer, "crop"):
+        # before 5.x a static layer was told its slots, counted before tokens were cut
+        placed_by_caller = getattr(layer, "is_compileable", False) and not hasattr(layer, "cumulative_length")
+        if getattr(layer, "is_sliding", False) or placed_by_caller or not hasattr(layer, "get_mask_sizes"):
             raise UnsupportedInputError(
-                f"lp_patch prunes dynamic (also quantised and offloaded) caches; {type(cache).__name__} holds "
-                f"{type(layer).__name__}, whose fixed or windowed slots are not supported: pass a DynamicCache, or "
-                "remove the patch"
+                f"lp_patch prunes dynamic, static, quantised and offloaded caches; {type(cache).__name__} holds "
+                f"{type(layer).__name__}, which is windowed, no attention layer, or static in a transformers before "
+                "5: pass a DynamicCache, or remove the patch"
             )
+
+
+def is_static(cache: Cache | None) -> bool:
+    """Whether the cache has a fixed number of slots, for which generate() makes 4-D masks itself."""
+    return cache is not None and cache.is_compileable
 
 
 def seen_tokens(cache: Cache | None) -> int:
@@ -175,7 +182,7 @@ def stored_tokens(cache: Cache | None, index: int) -> int:
     if cache is None or index >= len(cache.layers):
         return 0
     pruned = pruned_layer(cache, index)
-    return cache.get_seq_length(index) - (0 if pruned is None else pruned._self_dropped)
+    return int(cache.get_seq_length(index)) - (0 if pruned is None else pruned._self_dropped)
 
 
 def mark_pruned(
@@ -196,7 +203,7 @@ def mark_pruned(
         layer = cache.layers[index] = PrunedLayer(layer)  # type: ignore[call-overload]
     layer._self_dropped += dropped
     layer._self_valid = valid
-    layer._self_covered = layer.__wrapped__.get_seq_length()
+    layer._self_covered = int(layer.__wrapped__.get_seq_length())
     layer._self_tail = tail
     layer._self_shift = shift
     layer._self_history = (*layer._self_history, history)

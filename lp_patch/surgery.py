@@ -80,11 +80,13 @@ class View:
 
     Attributes:
         valid: (B, P + N) bool over the layer's physical keys, or None if all are real.
+        keys: P + N; a static cache has more slots than that.
         mask: what to hand to the layer, in the form its attention back-end wants; unused for layer 0's own view,
             which the model builds.
     """
 
     valid: Tensor | None
+    keys: int
     mask: Any = None
 
 
@@ -443,9 +445,9 @@ class Surgery:
         first = kv.pruned_layer(cache, 0)
         if first is None:
             return None
-        _check_mask(mask)
         tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        run.live, run.attention_mask, run.new_tokens = True, mask, tokens.shape[1]
+        _check_mask(mask, cache, tokens.shape[1])
+        run.live, run.attention_mask, run.new_tokens = True, _flat(mask, cache, tokens.shape[1]), tokens.shape[1]
         if first._self_shift is not None:
             ids = self._position_ids(kwargs, tokens.shape[1], tokens.device)
             run.rotary_ids = ids - first._self_shift.to(tokens.device)
@@ -457,8 +459,9 @@ class Surgery:
         batch, length = embeds.shape[:2]
         device = embeds.device
         real = torch.ones(batch, length, dtype=torch.bool, device=device)
-        if isinstance(mask, Tensor) and mask.dim() == 2:
-            real = mask[:, -length:].bool().to(device)
+        flat = _flat(mask, cache, length)
+        if flat is not None:
+            real = flat[:, -length:].bool().to(device)
         modalities = [m for m in self.parts.modalities if m.name in before.features]
         masks = [self._placeholders(before, m.placeholder).to(device) & real for m in modalities]
         visual = torch.stack(masks).any(dim=0)
@@ -484,7 +487,7 @@ class Surgery:
         run.record = self._keep(Record(self.shape, visual, removed, plan.text, plan.wiped, scores))
         if not any(x.survivors < x.present for x in inputs) and plan.stage2 == plan.survivors and not any(plan.wiped):
             return self._continue(run, args, kwargs)
-        _check_mask(mask)
+        _check_mask(mask, cache, length)
         if packed_h.any():
             raise UnsupportedInputError(
                 "position_ids with gaps and no attention mask mean several sequences packed into one row, which "
@@ -492,7 +495,7 @@ class Surgery:
             )
         kv.check_prunable(cache)
 
-        run.live, run.plan, run.attention_mask, run.new_tokens = True, plan, mask, length
+        run.live, run.plan, run.attention_mask, run.new_tokens = True, plan, flat, length
         keep = real & ~removed
         is_text, is_text_h = real & ~visual & ~structural, real_h & ~visual_h & ~structural_h
         if self.state.local.candidates:
@@ -588,7 +591,8 @@ class Surgery:
 
     def _layer_0_mask(self, run: Run, cache: Any) -> Tensor | None:
         """The 2-D mask from which the model builds layer 0's own; notes layer 0's view."""
-        view = run.views[_key(run, cache, 0)] = View(self._valid_keys(run, cache, 0))
+        keys = kv.stored_tokens(cache, 0) + (run.stages[-1].length if run.stages else run.new_tokens)
+        view = run.views[_key(run, cache, 0)] = View(self._valid_keys(run, cache, 0), keys)
         return kv.mask_columns(cache, 0, view.valid)
 
     @staticmethod
@@ -630,16 +634,16 @@ class Surgery:
         if run.plan is None or run.text_scores is not None or run.plan.stage2 == run.plan.survivors:
             return
         weights = run.query_weights.to(query.device)  # type: ignore[union-attr]
-        valid = run.layer_views[-1].valid
+        view = run.layer_views[-1]
         with torch.no_grad():
             received = received_attention(
                 query[:, :, query.shape[2] - weights.shape[1] :],
-                key,
+                key[:, :, : view.keys],
                 weights,
                 scaling,
-                key_mask=None if valid is None else valid.to(key.device),
+                key_mask=None if view.valid is None else view.valid.to(key.device),
             )
-        run.text_scores = received[:, key.shape[2] - query.shape[2] :]
+        run.text_scores = received[:, view.keys - query.shape[2] :]
 
     @torch.compiler.disable
     def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -674,7 +678,8 @@ class Surgery:
             valid = self._valid_keys(run, cache, index)
             columns = kv.mask_columns(cache, index, valid)
             shape = hidden[:, : run.stages[-1].length] if run.stages else hidden
-            run.views[key] = View(valid, causal_mask(self.parts.language_model.config, shape, columns, cache, index))
+            mask = causal_mask(self.parts.language_model.config, shape, columns, cache, index)
+            run.views[key] = View(valid, kv.stored_tokens(cache, index) + shape.shape[1], mask)
         return run.views[key]
 
     def _cuts_before(self, run: Run, plan: Plan, index: int) -> Iterator[tuple[Tensor, list[int]]]:
@@ -837,9 +842,28 @@ def _starts_again(kwargs: dict) -> Tensor:
     return torch.nn.functional.pad(text.diff(dim=-1) != 1, (1, 0))
 
 
-def _check_mask(mask: Any) -> None:
-    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
-        raise UnsupportedInputError(
-            "a pruned prompt needs the 2-D attention mask (batch, tokens) or None, got "
-            + (f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__)
-        )
+def _flat(mask: Any, cache: Any, new: int) -> Tensor | None:
+    """The mask as (B, tokens seen + new), or None if all are real, or if that cannot be told.
+
+    For a static cache, generate() brings a 4-D one. In a prefill it shows who is padding: nobody attends to them. Later
+    it was made for slots that a pruned cache does not have, and tokens that came since are real (`_check_mask`).
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask
+    if isinstance(mask, Tensor) and mask.dim() == 4 and kv.is_static(cache) and kv.seen_tokens(cache) == 0:
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        return seen.any(dim=1).any(dim=1)[:, :new]
+    return None
+
+
+def _check_mask(mask: Any, cache: Any, new: int) -> None:
+    """Refuse masks from which nobody can tell what is padding."""
+    if mask is None or _flat(mask, cache, new) is not None:
+        return
+    if isinstance(mask, Tensor) and kv.is_static(cache) and (new == 1 or mask.shape[0] == 1):
+        return
+    raise UnsupportedInputError(
+        "a pruned prompt needs the 2-D attention mask (batch, tokens) or None, got "
+        + (f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__)
+        + "; on a static cache, later turns of several tokens need batch size 1"
+    )

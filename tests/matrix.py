@@ -41,8 +41,9 @@ ROWS = {
     "After an exception in the middle": [f"{GENERATE}::test_an_exception_in_the_middle_leaves_the_next_call_right"],
     "Quantised cache (quanto)": [f"{GENERATE}::test_quantised_cache_gives_a_near_answer"],
     "Cache: crop, reorder, repeat, select, copy, pickle": [f"{LIFE}::test_cache_operations_on_short_layers"],
-    "Static cache: refused with the reason": [
-        f"{GENERATE}::test_static_cache_is_refused_with_the_reason_and_free_at_full_budget"
+    "Static cache": [
+        f"{GENERATE}::test_static_cache",
+        f"{GENERATE}::test_static_cache_is_free_at_full_budget_and_refused_where_it_cannot_be_right",
     ],
     "Chunked prefill with images: refused with the reason": [
         f"{GENERATE}::test_chunked_prefill_is_refused_with_images_and_free_without"

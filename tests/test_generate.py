@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import expected, generated
 from test_forward import CASES, DTYPES, split_options
-from tiny import PAD, PRE_ENCODES, N, batch, images, pre_encodes, since_5, tiny_llava, tokens
+from tiny import PAD, PRE_ENCODES, V5, N, batch, images, pre_encodes, since_5, tiny_llava, tokens
 from transformers import DynamicCache, QuantizedCache, StaticCache, TextIteratorStreamer
 
 import lp_patch
@@ -239,19 +239,41 @@ def test_merged_pruned_features_are_refused():
             model(inputs_embeds=embeds)
 
 
-def test_static_cache_is_refused_with_the_reason_and_free_at_full_budget():
+@since_5
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("case", ["tokens", "wipe", "compact", "stage 1 alone"])
+def test_static_cache(case, attention):
+    """Slots of short layers stay masked; generate() brings 4-D masks that were made for the whole prompt."""
+    model = tiny_llava(seed=17, kv_heads=2, attention=attention, dtype=DTYPES[attention])
+    ours, theirs = split_options(CASES[case])
+    prompts = [tokens(3, "image", 9), tokens(2, "image", 4, "image", 3, seed=1), tokens(6, seed=2)]
+    pixels = images(3, dtype=DTYPES[attention])
+    own = [pixels[:1], pixels[1:], pixels[:0]]
+    for rows in ([0], [0, 1, 2]):
+        inputs = batch([prompts[i] for i in rows], torch.cat([own[i] for i in rows]))
+        width = inputs["input_ids"].shape[1]
+        cache = StaticCache(config=model.config.text_config, max_cache_len=width + NEW)
+        with lp_patch.applied(model, **ours):
+            out = generate(model, inputs, past_key_values=cache)
+        assert int(cache.get_seq_length()) == width + NEW - 1
+        for row, i in enumerate(rows):
+            check_steps(model, out, row, prompts[i], own[i], width, **theirs)
+
+
+def test_static_cache_is_free_at_full_budget_and_refused_where_it_cannot_be_right():
     model = tiny_llava(seed=17, dtype=torch.float32)
-    ids = tokens(3, "image", 9)
-    inputs = batch([ids], images(1, dtype=torch.float32))
+    inputs = batch([tokens(3, "image", 9)], images(1, dtype=torch.float32))
 
-    def cache():
-        return StaticCache(config=model.config.text_config, max_cache_len=64)
+    def answer():
+        cache = StaticCache(config=model.config.text_config, max_cache_len=64)
+        return model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
 
-    want = model.generate(**inputs, past_key_values=cache(), max_new_tokens=3, do_sample=False)
-    with lp_patch.applied(model, tokens=5), pytest.raises(lp_patch.UnsupportedInputError):
-        model.generate(**inputs, past_key_values=cache(), max_new_tokens=3, do_sample=False)
+    want = answer()
     with lp_patch.applied(model, tokens=N):
-        assert torch.equal(model.generate(**inputs, past_key_values=cache(), max_new_tokens=3, do_sample=False), want)
+        assert torch.equal(answer(), want)
+    if not V5:
+        with lp_patch.applied(model, tokens=5), pytest.raises(lp_patch.UnsupportedInputError, match="static"):
+            answer()
 
 
 def test_streaming_from_a_thread():
