@@ -78,11 +78,14 @@ class Setting:
 
 
 SETTINGS = [
-    *(Setting(tokens) for tokens in (192, 128, 64, 32)),
-    *(Setting(tokens, scorer="learned") for tokens in (64, 32)),
-    *(Setting(tokens, images=5, pairs=4) for tokens in (64, 32)),
-    *(Setting(tokens, batch=4, pairs=3) for tokens in (64, 32)),
+    Setting(64),
+    Setting(32),
     Setting(PER_IMAGE, pairs=30),
+    Setting(32, images=5, pairs=3),
+    *(Setting(tokens, scorer="learned") for tokens in (64, 32)),
+    *(Setting(tokens) for tokens in (192, 128)),
+    *(Setting(tokens, batch=4, pairs=3) for tokens in (64, 32)),
+    Setting(64, images=5, pairs=3),
 ]
 QUICK_SETTINGS = [
     Setting(64, pairs=2),
