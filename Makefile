@@ -35,7 +35,7 @@ test-older: $(OLDER:%=.venv/transformers-%)
 	done
 
 matrix: .venv/ready
-	$(BIN)/python -m pytest --matrix
+	$(BIN)/python -m pytest -n 2 --matrix
 	$(MAKE) test-older FLAGS=--matrix
 	$(BIN)/python examples/tables.py
 

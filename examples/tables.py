@@ -24,8 +24,8 @@ def accuracy() -> str:
             if x["type"] == "all"
         }
 
-    def share(row: dict) -> str:
-        return f"{100 * float(row['accuracy']):.1f}"
+    def share(row: dict | None) -> str:
+        return "-" if row is None else f"{100 * float(row['accuracy']):.1f}"
 
     lines = []
     for split, title in (("seen_styles", "styles seen in training"), ("unseen_style", "a drawing style never seen")):
@@ -41,7 +41,7 @@ def accuracy() -> str:
         ]
         for stage2, what in (("no", "stage 1 alone"), ("yes", "both stages")):
             for method in METHODS:
-                cells = [share(rows[split, method, stage2, tokens]) for tokens in BUDGETS]
+                cells = [share(rows.get((split, method, stage2, tokens))) for tokens in BUDGETS]
                 lines.append(f"| {method}, {what} | " + " | ".join(cells) + " |")
         lines.append("")
     lines.append(

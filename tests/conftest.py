@@ -48,22 +48,18 @@ def pytest_addoption(parser):
     parser.addoption("--matrix", action="store_true", help="note the outcomes for the README's table of modes")
 
 
-def pytest_sessionstart(session):
-    session.outcomes = {}
+OUTCOMES: dict[str, list[str]] = {}
 
 
-def pytest_runtest_makereport(item, call):
-    if call.when == "call" or call.excinfo is not None:
-        # a skip is raised before or in the call; anything else that is raised is a failure
-        skipped = call.excinfo is not None and call.excinfo.errisinstance(pytest.skip.Exception)
-        outcome = "passed" if call.excinfo is None else "skipped" if skipped else "failed"
-        name = item.nodeid.split("[")[0].removeprefix("tests/")
-        item.session.outcomes.setdefault(name, []).append(outcome)
+def pytest_runtest_logreport(report):
+    # a skip or an error may come before the call
+    if report.when == "call" or report.outcome != "passed":
+        OUTCOMES.setdefault(report.nodeid.split("[")[0].removeprefix("tests/"), []).append(report.outcome)
 
 
 def pytest_sessionfinish(session):
-    if session.config.getoption("--matrix"):
+    if session.config.getoption("--matrix") and not hasattr(session.config, "workerinput"):
         import matrix
         import transformers
 
-        matrix.note(session.outcomes, transformers.__version__)
+        matrix.note(OUTCOMES, transformers.__version__)
