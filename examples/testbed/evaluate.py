@@ -203,9 +203,7 @@ class Evaluation:
         with remembered_vision(self.model, run.method == "cls"), pruning as patch:
             output = self.model.generate(**batch, max_new_tokens=3, do_sample=False)
             trace = patch.trace if patch else None
-        texts = self.processor.batch_decode(
-            output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
-        )
+        texts = self.processor.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for row, (question, text) in enumerate(zip(asked, texts, strict=True)):
             correct = text.strip() == question["answer"]
             recall = relevant = None

@@ -126,9 +126,7 @@ def forward(
         value = block.v_proj(normed).view(shape).transpose(1, 2)
         asking = normed[:, size:] if last else normed
         offset = size if last else 0
-        query = _rotate(
-            block.q_proj(asking).view(shape).transpose(1, 2), cosine[:, :, offset:], sine[:, :, offset:]
-        )
+        query = _rotate(block.q_proj(asking).view(shape).transpose(1, 2), cosine[:, :, offset:], sine[:, :, offset:])
         seen = query[:, :, size - offset :] * HEAD**-0.5
         far = seen @ key[:, :, :size].transpose(-1, -2)
         fold = (rows, HEADS, count, length, HEAD)
@@ -138,9 +136,7 @@ def forward(
             attention[number] = weights.view(rows, HEADS, count, length, -1)
         weights = weights.to(visual.dtype)
         mixed = weights[..., :size] @ value[:, :, :size]
-        close = weights[..., size:].reshape(rows, HEADS, count, length, length) @ value[:, :, size:].reshape(
-            fold
-        )
+        close = weights[..., size:].reshape(rows, HEADS, count, length, length) @ value[:, :, size:].reshape(fold)
         mixed = mixed + close.flatten(2, 3)
         if not last:
             early = F.scaled_dot_product_attention(
@@ -417,9 +413,7 @@ def check(model: LlavaForConditionalGeneration, scenes: SceneSet) -> float:
     pixels = normalise(torch.from_numpy(np.array(scenes.pictures[:2])))
     positions = torch.arange(PATCHES).expand(2, -1)
     hidden = encode(network.vision_transformer(model), pixels, positions)
-    ours = model.lm_head(
-        forward(model, model.model.multi_modal_projector(hidden[:, 1:]), positions, batch)[0]
-    )
+    ours = model.lm_head(forward(model, model.model.multi_modal_projector(hidden[:, 1:]), positions, batch)[0])
     worst = 0.0
     for row, column_questions in enumerate(asked):
         for column, question in enumerate(column_questions):

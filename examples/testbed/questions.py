@@ -73,9 +73,7 @@ def pool(objects: list[dict]) -> dict[str, list[Question]]:
             found["what"].append(Question("what", text, kinds.pop(), tuple(inside), pointer))
     for index, thing in enumerate(objects):
         if "colour" in thing:
-            found["colour"].append(
-                Question("colour", "What color is the sign?", thing["colour"], (index,), SIGN)
-            )
+            found["colour"].append(Question("colour", "What color is the sign?", thing["colour"], (index,), SIGN))
     return found
 
 

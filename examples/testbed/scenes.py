@@ -99,8 +99,7 @@ def _draw_sprites() -> dict[str, dict[str, Image.Image]]:
     bank: dict[str, dict[str, Image.Image]] = {}
     folder = SOURCES / "fluent-3d" / "package" / "assets"
     bank["fluent-3d"] = {
-        name: _trim(Image.open(folder / f"{codes[0]}.webp").convert("RGBA"))
-        for name, codes in CATALOGUE.items()
+        name: _trim(Image.open(folder / f"{codes[0]}.webp").convert("RGBA")) for name, codes in CATALOGUE.items()
     }
     characters = json.loads((SOURCES / "noto" / "package" / "chars.json").read_text())
     for code, name in characters.items():
@@ -163,9 +162,7 @@ def _noise(rng: np.random.Generator) -> np.ndarray:
         amplitude = rng.uniform(0, 38)
         channels = 3 if rng.random() < 0.5 else 1
         grid = rng.normal(0, 1, (cells, cells, channels)).clip(-2, 2).repeat(3 // channels, 2)
-        layer = Image.fromarray(((grid + 2) * 63.7).astype("uint8")).resize(
-            (SIDE, SIDE), Image.Resampling.BICUBIC
-        )
+        layer = Image.fromarray(((grid + 2) * 63.7).astype("uint8")).resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         texture += amplitude * (np.asarray(layer, np.float32) / 63.7 - 2)
     if rng.random() < 0.3:
         axis = np.arange(SIDE)

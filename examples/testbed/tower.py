@@ -66,9 +66,7 @@ class Trainee(nn.Module):
         kernel = (vectors[:, -VISION:] / (values[-VISION:] + 3e-3).sqrt()).T.flip(0)
         steps = 40.0 ** -(torch.arange(VISION // 4) / (VISION // 4))
         down, across = torch.meshgrid(torch.arange(24.0), torch.arange(24.0), indexing="ij")
-        waves = [
-            wave(axis.reshape(-1, 1) * steps) for axis in (across, down) for wave in (torch.sin, torch.cos)
-        ]
+        waves = [wave(axis.reshape(-1, 1) * steps) for axis in (across, down) for wave in (torch.sin, torch.cos)]
         with torch.no_grad():
             self.vision.embeddings.patch_embedding.weight.copy_(kernel.view(VISION, 3, PATCH, PATCH))
             self.vision.embeddings.position_embedding.weight[1:].copy_(torch.cat(waves, 1) * 0.7)
@@ -99,9 +97,7 @@ class Crops:
                 scenes = self.sets[self.rng.integers(len(self.sets))]
                 index = int(self.rng.integers(len(scenes)))
                 row, column = self.rng.integers(0, GRID - side + 1, 2)
-                window = scenes.labels[index].reshape(4, GRID, GRID)[
-                    :, row : row + side, column : column + side
-                ]
+                window = scenes.labels[index].reshape(4, GRID, GRID)[:, row : row + side, column : column + side]
                 score = int((window[0] > 0).sum())
                 if best is None or score > best[0]:
                     best = (score, scenes, index, row, column, window)
@@ -149,9 +145,7 @@ def losses(
     loss_place = (errors * (0.1 + foreground.float())).mean()
     present = F.one_hot(target * foreground, len(KINDS) + 1).amax(1)[:, 1:].float()
     boost = torch.tensor(4.0, device=hidden.device)
-    loss_present = F.binary_cross_entropy_with_logits(
-        trainee.present(hidden[:, 0]).float(), present, pos_weight=boost
-    )
+    loss_present = F.binary_cross_entropy_with_logits(trainee.present(hidden[:, 0]).float(), present, pos_weight=boost)
     total = loss_class + 0.8 * loss_size + 0.2 * loss_colour + 0.7 * loss_place + loss_present
     with torch.no_grad():
         right = logits.argmax(-1) == target
@@ -178,17 +172,13 @@ def monitor(trainee: Trainee, scenes: SceneSet, count: int = 160) -> dict[str, f
         labels = torch.from_numpy(scenes.labels[start : start + 16]).to(DEVICE)
         colours = [colour_labels(scenes.objects[i], scenes.labels[i, 1]) for i in range(start, start + 16)]
         hidden = encode(trainee.vision, normalise(pictures), positions)
-        _, figures = losses(
-            trainee, hidden, labels, torch.from_numpy(np.stack(colours)).to(DEVICE), positions
-        )
+        _, figures = losses(trainee, hidden, labels, torch.from_numpy(np.stack(colours)).to(DEVICE), positions)
         for key, value in figures.items():
             sums[key] = sums.get(key, 0.0) + value * 16 / count
     return {key: round(value, 3) for key, value in sums.items()}
 
 
-def train(
-    sets: list[SceneSet], held_out: dict[str, SceneSet], folder: Path, minutes: tuple[float, float]
-) -> Trainee:
+def train(sets: list[SceneSet], held_out: dict[str, SceneSet], folder: Path, minutes: tuple[float, float]) -> Trainee:
     """Train on 168-px crops, then on whole pictures; resumes from the last checkpoint."""
     checkpoint = folder / "tower.pt"
     trainee = Trainee()
@@ -215,11 +205,7 @@ def train(
         hidden = encode(trainee.vision, normalise(pictures), positions)
         loss, figures = losses(trainee, hidden, labels, colours, positions)
         if step % 4 == 0:
-            present = (
-                F.one_hot(labels[:, 0].long() * (labels[:, 0] < IGNORE), len(KINDS) + 1)
-                .amax(1)[:, 1:]
-                .float()
-            )
+            present = F.one_hot(labels[:, 0].long() * (labels[:, 0] < IGNORE), len(KINDS) + 1).amax(1)[:, 1:].float()
             final = trainee.present_last(last_layer_cls(trainee.vision, hidden.detach())).float()
             loss = loss + F.binary_cross_entropy_with_logits(final, present)
         loss.backward()
