@@ -57,7 +57,7 @@ def speed() -> str:
         rows = list(csv.DictReader(file))
     one = rows[0]
     lines = [
-        f"`make benchmark` on {one['device']}, {one['threads']} threads, {one['dtype']}, random weights; patched and "
+        f"`make benchmark` on {one['device']}, {one['threads']} thread(s), {one['dtype']}, random weights; patched and "
         "unpatched alternate in one process; median of the ratios of adjacent pairs. The limit is the ratio of the "
         "arithmetic that is run.",
         "",
