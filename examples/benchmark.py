@@ -541,11 +541,18 @@ def plot(path: Path) -> None:
             if metric == "prefill" and visual in dashes:  # the limit depends on the prompt alone
                 label = f"limit, {visual:,} tokens"
                 axes.plot(
-                    share, limit, color="#4d4d4d", linewidth=1, linestyle=dashes.pop(visual), label=label, zorder=1
+                    share,
+                    limit,
+                    color="#4d4d4d",
+                    linewidth=1,
+                    linestyle=dashes.pop(visual),
+                    marker="_",
+                    label=label,
+                    zorder=1,
                 )
             bars = [[a - b for a, b in zip(ratio, low, strict=True)], [b - a for a, b in zip(ratio, high, strict=True)]]
             axes.errorbar(
-                [x * 1.05 ** (i - (len(series) - 1) / 2) for x in share],  # side by side
+                [x * 1.03 ** (i - (len(series) - 1) / 2) for x in share],  # side by side
                 ratio,
                 yerr=bars,
                 color=colour,
