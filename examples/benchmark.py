@@ -546,7 +546,7 @@ def plot(path: Path) -> None:
                     color="#4d4d4d",
                     linewidth=1,
                     linestyle=dashes.pop(visual),
-                    marker="_",
+                    marker="_" if len(points) == 1 else None,
                     label=label,
                     zorder=1,
                 )
