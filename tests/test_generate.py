@@ -181,6 +181,7 @@ def test_assisted_decoding_of_a_prompt_that_ends_in_an_image():
     assert out[0, len(ids) :].tolist() == generated(model, ids, pixels, 8, tokens=4)
 
 
+@pre_encodes
 @torch.no_grad()
 @pytest.mark.parametrize("encoded", ["patched", "unpatched"])
 def test_features_from_the_caller(encoded):
