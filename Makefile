@@ -30,7 +30,7 @@ test-long: .venv/ready
 
 test-older: $(OLDER:%=.venv/transformers-%)
 	for version in $(OLDER); do \
-	  PYTHONPATH=.venv/transformers-$$version $(BIN)/python -m pytest $(FLAGS) -W ignore::DeprecationWarning \
+	  PYTHONPATH=.venv/transformers-$$version $(BIN)/python -m pytest -n 2 $(FLAGS) -W ignore::DeprecationWarning \
 	    tests/test_forward.py tests/test_generate.py tests/test_lifecycle.py tests/test_wrappers.py || exit 1; \
 	done
 
