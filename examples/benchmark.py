@@ -437,7 +437,7 @@ def profile(model: LlavaForConditionalGeneration, setting: Setting, clock: Clock
     """
     inputs = make_inputs(model, setting)
     variants: list[Callable[[], Any]] = [nullcontext, lambda: pruning(model, setting)]
-    hooks = [name for name in vars(Surgery) if name.startswith(("before_", "after_", "around_"))]
+    hooks = [name for name in dir(Surgery) if name.startswith(("before_", "after_", "around_"))]
     counts: list[dict[str, float]] = []
     samples: list[list[dict[str, float]]] = [[], []]
     with clock.time_methods(Surgery, {name: f"patch, {name}" for name in hooks}):

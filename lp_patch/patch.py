@@ -1,38 +1,20 @@
 """Install, remove, look: the life of a patch on one model instance."""
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-import wrapt
 from torch import nn
 
-from .attention import install_tap
-from .compat import PREFILL_METHODS, merging_module
+from .compat import merging_module
 from .config import PruningConfig, make_config
+from .install import Installation, forget_compiled, owner, unhook
 from .pruner import WEIGHTS_FILE, LearnablePruner, resolve_pruner
 from .registry import Parts, find_parts, unwrap
 from .report import Report, make_report
 from .surgery import Surgery
 from .trace import Trace
-
-
-class MethodWrapper(wrapt.FunctionWrapper):
-    """A wrapped method of one instance that can be copied and pickled with it."""
-
-    def __deepcopy__(self, memo: dict) -> "MethodWrapper":
-        return MethodWrapper(deepcopy(self.__wrapped__, memo), deepcopy(self._self_wrapper, memo))
-
-    def __copy__(self) -> "MethodWrapper":
-        return MethodWrapper(self.__wrapped__, self._self_wrapper)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return MethodWrapper, (self.__wrapped__, self._self_wrapper)
 
 
 class Patch:
@@ -43,7 +25,7 @@ class Patch:
         self._parts = parts
         self._surgery = Surgery(parts, config, pruner)
         self._surgery.patch = self
-        self._undo: list[Callable[[], None]] = []
+        self._installation = Installation()
 
     @property
     def trace(self) -> Trace | None:
@@ -66,18 +48,17 @@ class Patch:
 
     def remove(self) -> None:
         """Take everything back, bit for bit. Does nothing the second time."""
-        if not self._undo:
+        if not self.active:
             return
-        while self._undo:
-            self._undo.pop()()
+        self._installation.remove()
         for module in self._parts.model.modules():
-            _unhook(module, self._surgery)
-        _forget_compiled()
+            unhook(module, self._surgery)
+        forget_compiled()
 
     @property
     def active(self) -> bool:
         """Whether the model is patched by this handle now."""
-        return bool(self._undo)
+        return self._installation.active
 
     def __repr__(self) -> str:
         c, shape = self.config, self._surgery.shape
@@ -91,83 +72,21 @@ class Patch:
         return f"<lp_patch.Patch of {self._parts.adapter.family} ({state}): {budget}, {stages}>"
 
     def _install(self) -> None:
-        surgery, parts = self._surgery, self._parts
         try:
-            for modality in parts.modalities:
-                self._wrap(parts.base, modality.encode, partial(surgery.around_encode, modality.name))
-            if parts.adapter.merge is not None:
-                self._wrap(parts.base, parts.adapter.merge, surgery.around_merge)
-            for name in PREFILL_METHODS:
-                if hasattr(parts.model, name):
-                    self._wrap(parts.model, name, surgery.around_prefill)
-            if hasattr(parts.model, "_get_candidate_generator"):
-                self._wrap(parts.model, "_get_candidate_generator", surgery.around_candidates)
-                self._hook(parts.model.register_forward_pre_hook(surgery.before_model, with_kwargs=True))
-            if parts.projector is not None:
-                self._hook(parts.projector.register_forward_pre_hook(surgery.before_projector))
-                self._hook(parts.projector.register_forward_hook(surgery.after_projector))
-            self._hook(parts.base.register_forward_pre_hook(surgery.before_base, with_kwargs=True))
-            self._hook(parts.base.register_forward_hook(surgery.after_base, with_kwargs=True))
-            model = parts.language_model
-            self._hook(model.register_forward_pre_hook(surgery.before_language_model, with_kwargs=True))
-            self._hook(model.register_forward_hook(surgery.after_language_model, with_kwargs=True))
-            self._hook(parts.rotary.register_forward_pre_hook(surgery.before_rotary, with_kwargs=True))
-            for index, layer in enumerate(parts.layers):
-                hook = partial(surgery.before_layer, index)
-                self._hook(layer.register_forward_pre_hook(hook, with_kwargs=True))
-            for attention, observer in surgery.taps():
-                self._undo.append(install_tap(attention, observer))
+            self._surgery.install(self._installation)
         except BaseException:
             self.remove()
             raise
-        _forget_compiled()
-
-    def _hook(self, handle: Any) -> None:
-        self._undo.append(handle.remove)
-
-    def _wrap(self, module: nn.Module, name: str, wrapper: Callable) -> None:
-        """Wrap a non-forward method on the instance; undone by what its `__dict__` held before."""
-        before = module.__dict__.get(name)
-        setattr(module, name, MethodWrapper(getattr(module, name), wrapper))
-        self._undo.append(partial(_restore, module, name, before))
-
-
-def _owner(hook: Any) -> Any:
-    """The object whose method a hook is, also with arguments bound."""
-    return getattr(getattr(hook, "func", hook), "__self__", None)
-
-
-def _unhook(module: nn.Module, surgery: Surgery) -> None:
-    """Take our hooks off a module that was copied with them (PEFT's modules_to_save): no handle knows it."""
-    for hooks, extra in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-    ):
-        for key in [key for key, hook in hooks.items() if _owner(hook) is surgery]:
-            del hooks[key]
-            extra.pop(key, None)
-
-
-def _restore(module: nn.Module, name: str, before: Any) -> None:
-    if before is None:
-        delattr(module, name)
-    else:
-        setattr(module, name, before)
-
-
-def _forget_compiled() -> None:
-    # a model compiled before a hook came or went would silently run without noticing
-    if "torch._dynamo" in sys.modules:
-        torch.compiler.reset()
+        forget_compiled()
 
 
 def _find(model: object) -> Patch | None:
     """The patch on a model, found by its own hooks, so that copies of the model know theirs."""
     base = merging_module(unwrap(model))
     for hook in getattr(base, "_forward_pre_hooks", {}).values():
-        owner = _owner(hook)
-        if isinstance(owner, Surgery):
-            return owner.patch
+        surgery = owner(hook)
+        if isinstance(surgery, Surgery):
+            return surgery.patch
     return None
 
 

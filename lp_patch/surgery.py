@@ -1,15 +1,12 @@
 """What a patched model does in a forward: hooks that shorten hidden states, masks, positions and caches.
 
-One forward, in order of the hooks:
+One forward, in order of the hooks; those up to the language model that do not cut are in `vision`:
 
-    around_encode            stage 1 happens while the images are encoded: `before_projector` picks, so that removed
-    before/after_projector   tokens are never projected; `after_projector` puts the survivors back at their places and
-                             fills the others with -inf. That mark travels with the features wherever they go (through
+    before/after_projector   stage 1 while the images are encoded: `before_projector` picks, so that removed tokens are
+                             never projected; `after_projector` puts the survivors back at their places and fills the
+                             others with -inf. That mark travels with the features wherever they go (through
                              `generate`, beams, the caller's hands), and the number of features stays what
                              transformers expects.
-    around_merge             where a method merges, perhaps before generate() and with a prompt that grows: notes where
-                             it puts the features, by calling it again on features that tell their number
-    before_base              remembers the prompt, and features that came from outside
     before_language_model    cuts marked rows out of the sequence, with mask and positions; where a family has no
                              projector that works token by token, and for features from outside, stage 1 happens here
     before_rotary            gives the rotary embedding the true positions; nothing else sees their gaps, which
@@ -18,16 +15,14 @@ One forward, in order of the hooks:
     before_layer             layer k + 1: cuts again; later layers get the shorter mask and positions
     after_language_model     gives outputs their input's length back, and tells the cache what was dropped
 
-Everything that a forward decides lives in a `Run`, one per thread, made anew when the forward starts. dynamo does not
-look into the hooks: it would trace the run's state once and for all, and silently.
+What the language model's forward decides lives in a `Run`, one per thread, made anew when it starts.
 """
 
-import inspect
-import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,11 +30,12 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from . import cache as kv
-from .attention import Observer, check_tappable
+from .attention import check_tappable, install_tap
 from .budget import StageBudget, default_layer, stage_budget
-from .compat import causal_mask, encoded_features, uncounted
+from .compat import PREFILL_METHODS, causal_mask, uncounted
 from .config import PruningConfig
 from .errors import ConfigError, UnsupportedInputError
+from .install import Installation
 from .layout import Plan, VisualInput, find_inputs, make_plan
 from .pruner import LearnablePruner
 from .registry import Parts
@@ -47,9 +43,7 @@ from .score import received_attention
 from .select import compact_index, restore_index, select_tokens, take, take_along, top_mask
 from .strategies import SCORERS, Scorer, Stage1Input, resolve_scorer, resolve_text_scorer
 from .trace import InputScores, Record, Shape
-
-REMOVED = -torch.inf  # a feature row of this value was removed by stage 1
-_SCORES = "lp_patch_scores"  # attribute of a feature tensor: its stage-1 scores, for the trace only
+from .vision import FEATURE_SCORES, REMOVED, PerThread, Shown, State, Vision, is_removed, shows_images
 
 
 @dataclass
@@ -91,47 +85,9 @@ class View:
 
 
 @dataclass
-class Encoding:
-    """Stage 1 of the images being encoded now."""
-
-    scores: list[Tensor | None] = field(default_factory=list)
-    cls_attention: Tensor | None = None
-    index: Tensor | None = None
-    present: int = 0
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What a merging method returned.
-
-    Attributes:
-        embeds: (B, S, D), by which the forward that is given them knows them again.
-        numbers: (B, S) int64, the feature that stands there, -1 for text.
-        modality: of the features.
-        features: the rows in the prompt of each feature, row by row in the prompt's order.
-    """
-
-    embeds: Tensor
-    numbers: Tensor
-    modality: str
-    features: list[list[Tensor]]
-
-
-@dataclass
 class Run:
-    """All that one forward decides.
+    """All that one forward of the language model decides; `live` only where it prunes or its cache was pruned."""
 
-    What stands before `live` leads up to the language model (`started`: through the merging module); the rest belongs
-    to its forward, and is `live` only where this forward prunes or its cache was pruned.
-    """
-
-    started: bool = False
-    shown: bool = False
-    encoding: Encoding | None = None
-    ids: Tensor | None = None
-    embeds: Tensor | None = None
-    features: dict[str, list[Tensor]] = field(default_factory=dict)
-    visual: Tensor | None = None
     live: bool = False
     plan: Plan | None = None
     record: Record | None = None
@@ -146,35 +102,29 @@ class Run:
     text_scores: Tensor | None = None
 
 
-class PerThread(threading.local):
+class SurgeryThread(PerThread):
     """What one thread is doing with the model."""
 
     run: Run | None = None
     record: Record | None = None
-    merged: Merged | None = None
-    numbered: Tensor | None = None
     assisted: bool = False
     candidates: int = 0
 
 
-class State:
-    """All that changes while a patched model runs; a copied or pickled patch starts with none of it."""
+class SurgeryState(State):
+    """All that changes while a patched model runs."""
 
     def __init__(self) -> None:
-        self.local = PerThread()
+        self.local: SurgeryThread = SurgeryThread()
         self.last_run = Run()
         self.last_record: Record | None = None
         self.warned: set[str] = set()
 
-    def __deepcopy__(self, memo: dict) -> "State":
-        return State()
 
-    def __reduce__(self) -> tuple:
-        return State, ()
-
-
-class Surgery:
+class Surgery(Vision):
     """The hooks of one patched model."""
+
+    state: SurgeryState
 
     def __init__(self, parts: Parts, config: PruningConfig, pruner: LearnablePruner | None) -> None:
         n_layers = len(parts.layers)
@@ -188,15 +138,14 @@ class Surgery:
             raise ConfigError(
                 f"final_wipe_layer must lie in [{layer + 1}, {n_layers}] (after layer={layer}), got {wipe}"
             )
+        super().__init__(parts, SurgeryState())
         self.patch: Any = None  # the handle; found again through the hooks, also on a copy of the model
-        self.parts = parts
         self.config = config
         self.shape = Shape(n_layers, layer, None if wipe == n_layers else wipe)
         self.scorer = resolve_scorer(config.scorer, pruner)
         self.text_weights = resolve_text_scorer(config.text_scorer)
         self.pruner = pruner
         self.cls_layer = self._cls_layer()
-        self.state = State()
         check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
         if config.positions == "compact" and hasattr(parts.rotary, "mrope_section"):
             raise ConfigError(
@@ -231,14 +180,29 @@ class Surgery:
         check_tappable(module, "the vision attention behind the features")
         return module
 
-    def taps(self) -> list[tuple[nn.Module, Observer]]:
-        """Attention modules to look into, and who looks."""
-        found: list[tuple[nn.Module, Observer]] = []
+    def install(self, on: Installation) -> None:
+        """Put the hooks on the model."""
+        super().install(on)
+        parts = self.parts
+        for name in PREFILL_METHODS:
+            if hasattr(parts.model, name):
+                on.wrap(parts.model, name, self.around_prefill)
+        if hasattr(parts.model, "_get_candidate_generator"):
+            on.wrap(parts.model, "_get_candidate_generator", self.around_candidates)
+            on.before(parts.model, self.before_model)
+        if parts.projector is not None:
+            on.before(parts.projector, self.before_projector)
+            on.after(parts.projector, self.after_projector)
+        on.after(parts.base, self.after_base)
+        on.before(parts.language_model, self.before_language_model)
+        on.after(parts.language_model, self.after_language_model)
+        on.before(parts.rotary, self.before_rotary)
+        for index, layer in enumerate(parts.layers):
+            on.before(layer, partial(self.before_layer, index))
         if self.config.stage_ratio > 1:
-            found.append((self.parts.attention[self.shape.layer - 1], self.observe_text))
+            on.note(install_tap(parts.attention[self.shape.layer - 1], self.observe_text))
         if self.cls_layer is not None:
-            found.append((self.cls_layer, self.observe_cls))
-        return found
+            on.note(install_tap(self.cls_layer, self.observe_cls))
 
     def budget(self, present: int) -> StageBudget:
         """What a visual input of `present` tokens keeps."""
@@ -247,37 +211,17 @@ class Surgery:
 
     # ------------------------------------------------------------------ stage 1
 
-    @torch.compiler.disable
-    def around_encode(self, modality: str, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        """Wraps the method that encodes images (or videos): only inside it does the projector prune."""
-        if self.state.local.numbered is not None:
-            return self.state.local.numbered
-        run = self.state.local.run or self._begin(Run())
-        if run.encoding is not None:
-            return wrapped(*args, **kwargs)  # a method for videos that calls the one for images
-        encoding = run.encoding = Encoding()
-        try:
-            output = wrapped(*args, **kwargs)
-        finally:
-            run.encoding = None
-        features = encoded_features(output)
-        if features is not None:
-            run.features[modality] = list(features)
-            for feature, scores in zip(run.features[modality], encoding.scores, strict=False):
-                setattr(feature, _SCORES, scores)
-        return output
-
     def observe_cls(self, query: Tensor, key: Tensor, scaling: float) -> None:
         """The vision layer whose output becomes the features: query and key (B, H, 1 + N, D), [CLS] first."""
-        encoding = self._own_run().encoding
+        encoding = self._shown().encoding
         if encoding is not None:
             weight = query.new_ones((query.shape[0], 1))
             encoding.cls_attention = received_attention(query[:, :, :1], key, weight, scaling, causal=False)[:, 1:]
 
     @torch.compiler.disable
-    def before_projector(self, module: nn.Module, args: tuple) -> tuple | None:
+    def before_projector(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Stage 1: (B, N, C) encoder features -> (B, R1, C)."""
-        encoding = self._own_run().encoding
+        encoding = self._shown().encoding
         if encoding is None:
             return None
         features = args[0]
@@ -287,12 +231,12 @@ class Surgery:
         if index is None:
             return None
         encoding.index, encoding.present = index, features.shape[1]
-        return (take(features, index), *args[1:])
+        return (take(features, index), *args[1:]), kwargs
 
     @torch.compiler.disable
-    def after_projector(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+    def after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
         """(B, R1, D) projected survivors -> (B, N, D), removed rows marked."""
-        encoding = self._own_run().encoding
+        encoding = self._shown().encoding
         if encoding is None or encoding.index is None:
             return None
         return _mark(output, encoding.index, encoding.present)
@@ -320,7 +264,7 @@ class Surgery:
         given = [*args, *kwargs.values()]
         size = next((x.prefill_chunk_size for x in given if isinstance(x, GenerationConfig)), None)
         named = [kwargs, *(x for x in given if isinstance(x, dict))]
-        shown = [name for x in named for name in x if _shows_images(name, x[name])]
+        shown = [name for x in named for name in x if shows_images(name, x[name])]
         if size is not None and shown:
             raise UnsupportedInputError(
                 f"prefill_chunk_size={size} cuts the prompt between its images ({', '.join(shown)}) and the question, "
@@ -340,84 +284,20 @@ class Surgery:
         self.state.local.candidates = kwargs.get("logits_to_keep", 1) - 1 if self.state.local.assisted else 0
         self.state.local.assisted = False
 
-    # ------------------------------------------------------------------ the merging module
-
-    @torch.compiler.disable
-    def around_merge(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        """Wraps a method that merges: notes where the features of its images are in the embeddings it returns."""
-        local = self.state.local
-        run = local.run or self._begin(Run())
-        run.features, local.merged = {}, None
-        output = wrapped(*args, **kwargs)
-        if not run.features:
-            return output  # no images
-        ((modality, features),) = run.features.items()
-        local.numbered = number_features(features)
-        try:
-            with torch.no_grad():
-                numbers = read_numbers(_merged_embeds(wrapped(*args, **kwargs)))
-        finally:
-            local.numbered = None
-        ids = inspect.signature(wrapped).bind(*args, **kwargs).arguments["input_ids"]
-        (token,) = [m.placeholder for m in self.parts.modalities if m.name == modality]
-        placed = [row[row >= 0].unique_consecutive(return_counts=True) for row in numbers.cpu()]
-        for (which, _), expected in zip(placed, (ids == token).sum(dim=1).tolist(), strict=True):
-            if len(which) > expected:
-                raise UnsupportedInputError(
-                    f"a prompt with {expected} images was given {len(which)} tiles, which {self.parts.adapter.family} "
-                    "merges without their bounds: give one tile per image, or remove the patch"
-                )
-        rows = [[_placed(features[i], n) for i, n in zip(*map(Tensor.tolist, x), strict=True)] for x in placed]
-        local.merged = Merged(_merged_embeds(output).detach(), numbers, modality, rows)
-        return output
-
-    def _recall(self, before: Run, embeds: Tensor) -> None:
-        """Where these embeddings (B, S, D) are what the merging method returned, tell their visual positions."""
-        before.features, merged = {}, self.state.local.merged
-        if merged is None or embeds.shape[1:] != merged.embeds.shape[1:] or len(embeds) % len(merged.embeds):
-            return
-        times = len(embeds) // len(merged.embeds)  # beams, and several answers to one prompt
-        if torch.equal(embeds, merged.embeds.repeat_interleave(times, dim=0).to(embeds)):
-            before.visual = (merged.numbers >= 0).repeat_interleave(times, dim=0)
-            before.features = {merged.modality: [x for row in merged.features for x in row * times]}
-
-    @torch.compiler.disable
-    def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward starts: forget the last one, remember the prompt and features that come encoded."""
-        run = self._begin(Run(started=True))
-        run.ids = kwargs.get("input_ids", args[0] if args else None)
-        run.embeds = kwargs.get("inputs_embeds")
-        run.shown = any(_shows_images(name, kwargs[name]) for name in kwargs)
-        for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
-            if output is not None:
-                run.features[modality] = list(output.pooler_output)
-
-    def _placeholders(self, before: Run, token: int) -> Tensor:
-        """(B, S) bool: positions that a visual feature replaces."""
-        if before.visual is not None:
-            return before.visual
-        if before.ids is not None:
-            return before.ids == token
-        assert before.embeds is not None  # transformers refuses a call with neither
-        embed = self.parts.language_model.get_input_embeddings()
-        return (before.embeds == embed(torch.tensor(token, device=before.embeds.device))).all(dim=-1)
-
     @torch.compiler.disable
     def after_base(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         """No mark leaves the model: where a projector pruned, `image_hidden_states` lists the survivors."""
         states = getattr(output, "image_hidden_states", None)
         if isinstance(states, Tensor) and self._own_run().stages and self.parts.projector is not None:
-            output.image_hidden_states = states[~_is_removed(states)]
+            output.image_hidden_states = states[~is_removed(states)]
 
     # ------------------------------------------------------------------ the language model
 
     @torch.compiler.disable
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Cut removed rows out, or translate the mask of a later step to what the cache holds."""
-        before, run = self._own_run(), self._begin(Run())
         embeds = kwargs.get("inputs_embeds")
-        if embeds is not None and self.parts.adapter.merge is not None:
-            self._recall(before, embeds)
+        before, run = self._take_shown(embeds), self._begin(Run())
         if before.shown and not before.features:
             self._warn(
                 f"this call shows images, but no features of theirs passed {self.parts.adapter.family}'s "
@@ -428,7 +308,7 @@ class Surgery:
         tokens = kwargs.get("input_ids") if embeds is None else embeds
         if tokens is not None and kv.seen_tokens(kwargs.get("past_key_values")) == 0:
             given = before.embeds is not None or not before.started
-            if given and embeds is not None and _is_removed(embeds).any():
+            if given and embeds is not None and is_removed(embeds).any():
                 raise UnsupportedInputError(
                     "inputs_embeds holds image features that lp_patch has pruned, already merged. Leave the "
                     "placeholder embeddings in and pass the features as mm_encoder_outputs, or encode them with the "
@@ -453,7 +333,7 @@ class Surgery:
             run.rotary_ids = ids - first._self_shift.to(tokens.device)
         return args, {**uncounted(kwargs), "attention_mask": self._layer_0_mask(run, cache)}
 
-    def _prefill(self, run: Run, before: Run, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _prefill(self, run: Run, before: Shown, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward with new visual tokens."""
         embeds, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
         batch, length = embeds.shape[:2]
@@ -462,14 +342,8 @@ class Surgery:
         flat = _flat(mask, cache, length)
         if flat is not None:
             real = flat[:, -length:].bool().to(device)
-        modalities = [m for m in self.parts.modalities if m.name in before.features]
-        masks = [self._placeholders(before, m.placeholder).to(device) & real for m in modalities]
-        visual = torch.stack(masks).any(dim=0)
-        structural = torch.zeros_like(visual)
-        if self.parts.adapter.structural is not None:
-            structural = visual & self.parts.adapter.structural(self.parts.base, embeds)
-            visual = visual & ~structural
-        removed = visual & _is_removed(embeds)
+        modalities, masks, visual, structural = self._prompt(before, embeds, real)
+        removed = visual & is_removed(embeds)
         packed = _starts_again(kwargs).to(device).expand_as(real)
         # the only wait for the device in a prefill
         real_h, visual_h, structural_h, removed_h, packed_h, *masks_h = torch.stack(
@@ -541,7 +415,7 @@ class Surgery:
             kwargs["deepstack_visual_embeds"] = [x[chosen.to(x.device)] for x in kwargs["deepstack_visual_embeds"]]
         return args, kwargs
 
-    def _split(self, before: Run) -> Callable[[int, Tensor], list[int]] | None:
+    def _split(self, before: Shown) -> Callable[[int, Tensor], list[int]] | None:
         """Images within a feature, from the row's ids; for them alone, a second wait for the device."""
         split = self.parts.adapter.split
         if split is None:
@@ -764,55 +638,11 @@ class Surgery:
             warnings.warn(message, stacklevel=2)
 
 
-def _shows_images(name: str, value: Any) -> bool:
-    """Whether an argument of a forward brings pictures, raw or encoded."""
-    return value is not None and (name.startswith("pixel_values") or (name == "mm_encoder_outputs" and len(value) > 0))
-
-
-def _is_removed(features: Tensor) -> Tensor:
-    """Rows that stage 1 marked: (..., D) -> (...) bool. A mark fills its row, so one column tells."""
-    return features[..., 0] == REMOVED
-
-
 def _mark(survivors: Tensor, index: Tensor, present: int) -> Tensor:
     """(B, R, D) at rows `index` (B, R) of (B, present, D), all other rows marked as removed."""
     batch, _, width = survivors.shape
     rows = index.to(survivors.device)[..., None].expand(-1, -1, width)
     return survivors.new_full((batch, present, width), REMOVED).scatter(1, rows, survivors)
-
-
-def number_features(features: Sequence[Tensor]) -> Tensor:
-    """F features (N, D) -> (F, N, D) of rows that say, bit by bit after a first mark, which feature they belong to.
-
-    Zeros and infinities pass through any dtype.
-    """
-    shown = torch.zeros_like(torch.stack(list(features)))
-    shown[..., 0] = REMOVED
-    for bit in range(len(features).bit_length()):
-        shown[[i for i in range(len(features)) if i >> bit & 1], :, 1 + bit] = REMOVED
-    return shown
-
-
-def read_numbers(embeds: Tensor) -> Tensor:
-    """(B, S, D) in which numbered features were merged -> (B, S) int64: a feature's number, -1 for text."""
-    width = min(embeds.shape[-1] - 1, 62)
-    bits = 2 ** torch.arange(width, device=embeds.device)
-    numbers = ((embeds[..., 1 : 1 + width] == REMOVED) * bits).sum(dim=-1)
-    return numbers.masked_fill(~_is_removed(embeds), -1)
-
-
-def _placed(feature: Tensor, count: int) -> Tensor:
-    """The rows (count, D) of a feature (N, D) that are in the prompt: one that is cut at its end may lack some."""
-    rows = feature[:count].detach()
-    if count == len(feature):
-        setattr(rows, _SCORES, getattr(feature, _SCORES, None))
-    return rows
-
-
-def _merged_embeds(output: Sequence[Any]) -> Tensor:
-    """The merged embeddings (B, S, D) among what a merging method returns."""
-    (embeds,) = [x for x in output if isinstance(x, Tensor) and x.dim() == 3]
-    return embeds
 
 
 def _and(keep: Tensor, valid: Tensor | None) -> Tensor:
@@ -828,7 +658,7 @@ def _encoder_scores(inputs: Sequence[VisualInput], features: Sequence[Tensor]) -
     """Stage-1 scores that travelled with the features, where these are the inputs one to one."""
     if len(inputs) != len(features):
         return []
-    found = [(x, getattr(feature, _SCORES, None)) for x, feature in zip(inputs, features, strict=True)]
+    found = [(x, getattr(feature, FEATURE_SCORES, None)) for x, feature in zip(inputs, features, strict=True)]
     return [InputScores(x.row, x.positions, score) for x, score in found if score is not None]
 
 

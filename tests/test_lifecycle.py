@@ -123,7 +123,7 @@ def test_an_error_while_installing_leaves_nothing(monkeypatch):
     def fail(*_):
         raise RuntimeError("as if")
 
-    monkeypatch.setattr("lp_patch.patch.install_tap", fail)
+    monkeypatch.setattr("lp_patch.surgery.install_tap", fail)
     with pytest.raises(RuntimeError):
         lp_patch.apply(model)
     assert snapshot(model) == before
