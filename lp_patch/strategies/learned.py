@@ -1,0 +1,14 @@
+"""LearnPruner's stage 1 (arXiv 2604.23950, section 3)."""
+
+from torch import Tensor
+
+from .base import Scorer, Stage1Input, register
+
+
+def score(x: Stage1Input) -> Tensor:
+    """(B, N) keep probability."""
+    assert x.pruner is not None  # `resolve_scorer` refuses the combination
+    return x.pruner.score(x.features)
+
+
+register(Scorer("learned", "LearnPruner, section 3: keep probability of the trained module", score, needs_pruner=True))
