@@ -19,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .errors import UnsupportedModelError
 
 TAP_NAME = "lp_patch_tap"
+REPLACED_NAME = "lp_patch_replaced"
 
 Observer = Callable[[Tensor, Tensor, float], None]
 
@@ -39,10 +40,10 @@ class TappedConfig:
         return getattr(self._tapped, name)
 
     def __deepcopy__(self, memo: dict) -> "TappedConfig":
-        return TappedConfig(deepcopy(self._tapped, memo), deepcopy(self._observer, memo))
+        return type(self)(deepcopy(self._tapped, memo), deepcopy(self._observer, memo))
 
     def __reduce__(self) -> tuple:
-        return TappedConfig, (self._tapped, self._observer)
+        return type(self), (self._tapped, self._observer)
 
 
 @torch.compiler.disable
@@ -60,6 +61,26 @@ def _eager_attention(module: nn.Module) -> Callable:
     return sys.modules[type(module).__module__].eager_attention_forward
 
 
+class ReplacedConfig(TappedConfig):
+    """The same view, in which `_attn_implementation` names a function that may take the layer's place."""
+
+    _attn_implementation = REPLACED_NAME
+
+
+def _replaced_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
+) -> Any:
+    """The registered attention function: ours, or where that returns None the real one."""
+    config = module.config
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = config._observer(query, key, value, scaling)
+    if out is not None:
+        return out.transpose(1, 2).contiguous(), None
+    name = config._tapped._attn_implementation
+    attention = _eager_attention(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
+    return attention(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+
 def check_tappable(attention: nn.Module, path: str) -> None:
     """Refuse an attention module whose back-end transformers does not look up by name."""
     if not hasattr(attention, "config") or not hasattr(
@@ -75,6 +96,16 @@ def install_tap(attention: Any, observer: Observer) -> Callable[[], None]:
     """Show `observer` every (query, key, scaling) of this module; returns what undoes it."""
     AttentionInterface.register(TAP_NAME, _tapped_attention)
     attention.config = TappedConfig(attention.config, observer)
+    return partial(_remove_tap, attention)
+
+
+def install_attention(attention: Any, function: Callable) -> Callable[[], None]:
+    """Compute this module's attention by `function` (query, key, value, scaling) -> (B, H, Q, D), or None for its own.
+
+    Returns what undoes it.
+    """
+    AttentionInterface.register(REPLACED_NAME, _replaced_attention)
+    attention.config = ReplacedConfig(attention.config, function)
     return partial(_remove_tap, attention)
 
 

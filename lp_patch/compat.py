@@ -62,3 +62,13 @@ def encoded_features(output: Any) -> Any:
 def uncounted(kwargs: dict) -> dict:
     """Without `cache_position`, which counts the tokens before they were cut: the model makes its own."""
     return kwargs if kwargs.get("cache_position") is None else {**kwargs, "cache_position": None}
+
+
+def warmup(share: float) -> dict[str, float]:
+    """TrainingArguments for a warm-up over this share of all steps; 5.x has one argument for steps and shares."""
+    from dataclasses import fields
+
+    from transformers import TrainingArguments
+
+    names = {field.name for field in fields(TrainingArguments)}
+    return {"warmup_ratio" if "warmup_ratio" in names else "warmup_steps": share}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .errors import UnsupportedInputError
+from ..errors import UnsupportedInputError
 
 # The largest block of attention weights ever held, unless the query itself is larger. On a CPU it should fit a cache.
 _BLOCK_ELEMENTS = 1 << 24
