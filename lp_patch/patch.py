@@ -10,7 +10,7 @@ from torch import nn
 from .compat import merging_module
 from .config import PruningConfig, make_config
 from .install import Installation, forget_compiled, owner, unhook
-from .pruner import WEIGHTS_FILE, LearnablePruner, resolve_pruner
+from .pruner import WEIGHTS_FILE, LearnablePruner, find_pruner, resolve_pruner
 from .registry import Parts, find_parts, unwrap
 from .report import Report, make_report
 from .surgery import Surgery
@@ -104,7 +104,10 @@ def apply(
             changes.
         config: options as a `PruningConfig`, or a folder that `Patch.save_pretrained` wrote: its settings, and its
             pruner if it holds one and none is given.
-        pruner: trained stage-1 weights: a Hub id, a folder, or a `LearnablePruner`. None: training-free.
+        pruner: trained stage-1 weights: a Hub id, a folder, or a `LearnablePruner`; one that was trained on another
+            base warns. None: with ``scorer="auto"`` the pruner that belongs to the model's checkpoint, which is the
+            folder ``lp_patch_pruner`` inside a local one, or a `lp_patch.pruner.KNOWN_PRUNERS` entry; else, and with
+            ``scorer="diversity"`` always, training-free. A settings folder without a pruner means none.
         options: fields of `PruningConfig`; they override `config`.
 
     Returns:
@@ -115,14 +118,20 @@ def apply(
         UnsupportedModelError: no adapter fits, or a declared patch point is missing.
         PrunerError: the pruner cannot be loaded or reads another width.
     """
+    look_up = pruner is None
     if isinstance(config, (str, Path)):
+        look_up = False  # these settings ran with the folder's pruner, or without any
         folder = Path(config)
         config = PruningConfig.load(folder)
         if pruner is None and (folder / WEIGHTS_FILE).exists():
             pruner = folder
     settings = make_config(config, options)
     parts = find_parts(model)
-    patch = Patch(parts, settings, resolve_pruner(pruner, parts.width))
+    if look_up and settings.scorer == "auto":
+        module = find_pruner(parts.model.config, parts.width)
+    else:
+        module = resolve_pruner(pruner, parts.width, parts.model.config)
+    patch = Patch(parts, settings, module)
     earlier = _find(model)
     if earlier is not None:
         earlier.remove()

@@ -1,11 +1,15 @@
 """LearnablePruner: the per-token module of stage 1, and its files on disk and on the Hub."""
 
 import json
+import os
+import re
+import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, ModelCardData, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -14,7 +18,15 @@ from .errors import PrunerError
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+CARD_FILE = "README.md"
+# still 1: the facts below are optional, so files without them load here, and files with them in an older lp_patch
 FORMAT_VERSION = 1
+FACTS = ("base_model", "model_type", "license", "training_info")
+CARD_MARK = "<!-- lp_patch writes this card anew at each save. Delete this line, and it keeps what you wrote. -->"
+
+CHECKPOINT_FOLDER = "lp_patch_pruner"  # inside a local checkpoint's folder: the pruner that belongs to it
+# base checkpoint on the Hub -> the Hub id of its pruner, as "org/base": "org/pruner"; only weights that exist
+KNOWN_PRUNERS: dict[str, str] = {}
 
 
 class LearnablePruner(nn.Module):
@@ -26,15 +38,39 @@ class LearnablePruner(nn.Module):
     Args:
         hidden_size: width of the features that it reads, the projector's input.
         intermediate_size: width of the hidden layer.
+        base_model: checkpoint that it was trained on, as its ``from_pretrained`` takes it; None: unknown.
+        model_type: that checkpoint's ``config.model_type``; None: unknown.
+        license: of the weights, an identifier of the Hub's; None: unknown.
+        training_info: how it was trained and what it reached, for the model card: "objective", "data", "samples",
+            "seed", "figures" (a dict) and whatever else JSON holds.
+
+    The last four are attributes too, and are checked again when it is saved.
+
+    Raises:
+        PrunerError: an argument is out of range or of another type.
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int = 512) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int = 512,
+        *,
+        base_model: str | None = None,
+        model_type: str | None = None,
+        license: str | None = "apache-2.0",
+        training_info: dict[str, Any] | None = None,
+    ) -> None:
         super().__init__()
         for name, value in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PrunerError(f"{name} must be an int >= 1, got {value!r}")
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
+        self.base_model = base_model
+        self.model_type = model_type
+        self.license = license
+        self.training_info = {} if training_info is None else training_info  # `training` is nn.Module's own
+        self._config()
         self.fc1 = nn.Linear(hidden_size, intermediate_size)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(intermediate_size, 2)
@@ -49,50 +85,80 @@ class LearnablePruner(nn.Module):
         return self(x.to(weight.device, weight.dtype)).float().softmax(dim=-1)[..., 1].to(x.device)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json`` and ``model.safetensors`` into `folder`, which is made if missing."""
-        folder = Path(folder)
+        """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``, into `folder`, made if missing.
+
+        A ``README.md`` that is there already is replaced only if it holds the card's own first comment: delete that
+        line, and your text stays.
+
+        Raises:
+            PrunerError: an attribute that goes into the files was set to what they cannot hold.
+        """
+        self._save(Path(folder), Path(folder).as_posix())
+
+    def _save(self, folder: Path, source: str) -> None:
+        config = json.dumps(self._config(), indent=2)
         folder.mkdir(parents=True, exist_ok=True)
-        config = {
-            "format_version": FORMAT_VERSION,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-        }
-        (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(config + "\n", encoding="utf-8")
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        card = folder / CARD_FILE
+        if not card.exists() or CARD_MARK in card.read_text(encoding="utf-8", errors="replace"):
+            card.write_text(_card(self, source), encoding="utf-8")
+
+    def _config(self) -> dict[str, Any]:
+        """The content of ``config.json``, checked."""
+        for name in ("base_model", "model_type", "license"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, str) or not value):
+                raise PrunerError(f"{name} must be a name, or None if it is unknown, got {value!r:.200}")
+        try:
+            json.dumps(self.training_info, allow_nan=False)
+            if not isinstance(self.training_info, dict):
+                raise TypeError("no dict")
+        except (TypeError, ValueError, RecursionError) as error:
+            raise PrunerError(
+                f"training_info must be a dict of what JSON holds ({error}), got {self.training_info!r:.200}"
+            ) from error
+        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
+        return {"format_version": FORMAT_VERSION, **sizes, **{name: getattr(self, name) for name in FACTS}}
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, revision: str | None = None, **hub_options: Any
+        cls, source: str | Path, *, revision: str | None = None, width: int | None = None, **hub_options: Any
     ) -> "LearnablePruner":
         """Load from a folder or a Hub repository; never unpickles and never runs code from there.
 
         Args:
             source: an existing folder, else a Hub id ("org/name").
             revision: branch, tag or commit of the Hub repository.
+            width: features that it must read; another width is refused before the weights are downloaded. None: any.
             hub_options: passed to `huggingface_hub.hf_hub_download` (token, cache_dir, local_files_only, ...).
 
         Raises:
-            PrunerError: a file is missing or damaged, or the two do not belong together.
+            PrunerError: a file is missing or damaged, the two do not belong together, or the width is another.
         """
-        config_path, weights_path = _locate(source, revision, hub_options)
+        config_path = _locate(source, CONFIG_FILE, revision, hub_options)
         try:
             config = json.loads(config_path.read_text(encoding="utf-8"))
             version = config.get("format_version")
             sizes = {name: config[name] for name in ("hidden_size", "intermediate_size")}
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+            facts = {name: config.get(name) for name in FACTS}
+        except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise PrunerError(f"{CONFIG_FILE} of {str(source)!r} is not a pruner's: {error!r}") from error
         if version != FORMAT_VERSION:
             raise PrunerError(f"{str(source)!r} has format_version {version!r}; this lp_patch reads {FORMAT_VERSION}")
         try:
+            with torch.device("meta"):
+                pruner = cls(**sizes, **facts)
+        except (PrunerError, RuntimeError, TypeError) as error:  # the last two: more numbers than torch can address
+            raise PrunerError(f"{CONFIG_FILE} of {str(source)!r}: {str(error).splitlines()[0]}") from error
+        if width is not None:
+            _check_width(pruner, width)
+        weights_path = _locate(source, WEIGHTS_FILE, revision, hub_options)
+        try:
             weights = load_file(weights_path)
         except (OSError, SafetensorError) as error:
             raise PrunerError(f"{WEIGHTS_FILE} of {str(source)!r} cannot be read: {error}") from error
-        try:
-            with torch.device("meta"):
-                pruner = cls(**sizes)
-        except (PrunerError, RuntimeError, TypeError) as error:  # the last two: more numbers than torch can address
-            raise PrunerError(f"{CONFIG_FILE} of {str(source)!r}: {str(error).splitlines()[0]}") from error
         expected = {name: tuple(tensor.shape) for name, tensor in pruner.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
         if found != expected:
@@ -103,57 +169,153 @@ class LearnablePruner(nn.Module):
         return pruner.eval()
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
-        """Upload both files to a Hub model repository, made if missing; returns the commit's address."""
-        import tempfile
+        """Upload the three files to a Hub model repository, made if missing; returns the commit's address.
 
+        A card that the repository holds is replaced; its history keeps it.
+        """
         api = HfApi(token=token)
         api.create_repo(repo_id, private=private, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self._save(Path(folder), repo_id)
             return api.upload_folder(
                 repo_id=repo_id, folder_path=folder, commit_message="Upload LearnablePruner with lp_patch"
             ).commit_url
 
 
-def _locate(source: str | Path, revision: str | None, hub_options: dict[str, Any]) -> tuple[Path, Path]:
-    """Local paths of the config and the weights of `source`, downloaded if it is a Hub id."""
+def _card(pruner: LearnablePruner, source: str) -> str:
+    """The model card of a pruner that is applied from `source`; what is unknown is said to be."""
+    base = pruner.base_model
+    # the Hub refuses a base_model that cannot be a Hub id, such as a folder's path
+    linked = base if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", base or "", re.ASCII) else None
+    data = ModelCardData(
+        library_name="lp_patch", license=pruner.license, base_model=linked, tags=["lp_patch", "visual-token-pruning"]
+    )
+    info = {**dict.fromkeys(("objective", "data", "samples", "seed")), **pruner.training_info}
+    figures = info.pop("figures", None)
+    results = _table(figures) if isinstance(figures, dict) and figures else _cell(figures or None)
+    facts = {"base model": base, "model type": pruner.model_type, "license": pruner.license, **info}
+    return f"""---
+{data.to_yaml()}
+---
+{CARD_MARK}
+
+# Visual-token pruner
+
+A `LearnablePruner` of lp_patch (LearnPruner, arXiv 2604.23950): it scores each visual token by its
+{pruner.hidden_size}-wide feature, so that a vision-language model may keep the best of them.
+
+```python
+import lp_patch
+
+patch = lp_patch.apply(model, pruner={json.dumps(source)})  # model: the base model, loaded with transformers
+```
+
+## Training
+
+{_table(facts)}
+
+## Figures
+
+{results}
+"""
+
+
+def _table(rows: dict[str, Any]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {_cell(name)} | {_cell(value)} |" for name, value in rows.items())])
+
+
+def _cell(value: object) -> str:
+    """One line of Markdown that may stand in a table."""
+    text = "unknown" if value is None else value if isinstance(value, str) else json.dumps(value)
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def _locate(source: str | Path, name: str, revision: str | None, hub_options: dict[str, Any]) -> Path:
+    """Local path of one file of `source`, downloaded if it is a Hub id."""
     if Path(source).is_dir():
-        paths = tuple(Path(source) / name for name in (CONFIG_FILE, WEIGHTS_FILE))
-        for path in paths:
-            if not path.is_file():
-                raise PrunerError(
-                    f"no {path.name} in the folder {str(source)!r}; a pruner is {CONFIG_FILE} and {WEIGHTS_FILE}"
-                )
-        return paths[0], paths[1]
+        path = Path(source) / name
+        if not path.is_file():
+            raise PrunerError(f"no {name} in the folder {str(source)!r}; a pruner is {CONFIG_FILE} and {WEIGHTS_FILE}")
+        return path
     try:
-        downloaded = [
-            Path(hf_hub_download(str(source), name, revision=revision, **hub_options))
-            for name in (CONFIG_FILE, WEIGHTS_FILE)
-        ]
+        return Path(hf_hub_download(str(source), name, revision=revision, **hub_options))
     except TypeError:  # an option that hf_hub_download does not have
         raise
     except Exception as error:  # the client lets errors of its HTTP library through, and changes that library
         raise PrunerError(
             f"no pruner at {str(source)!r}: it is no folder here, and the Hub answered {type(error).__name__}: {error}"
         ) from error
-    return downloaded[0], downloaded[1]
 
 
-def resolve_pruner(pruner: object, width: int) -> LearnablePruner | None:
-    """The `pruner=` of `apply` as a module of the model's width, or None.
+def _check_width(pruner: LearnablePruner, width: int) -> None:
+    if pruner.hidden_size != width:
+        raise PrunerError(
+            f"the pruner reads {pruner.hidden_size}-wide features, this model has {width}-wide ones: "
+            "use a pruner that was trained on this model"
+        )
+
+
+def resolve_pruner(pruner: object, width: int, config: Any = None) -> LearnablePruner | None:
+    """The `pruner=` of `apply` as a module of the model's width, or None; warns of one trained on another base.
 
     Args:
         pruner: None, a LearnablePruner, a folder, or a Hub id.
         width: features that the model's projector reads.
+        config: the model's, whose checkpoint and type are compared with the pruner's; None: they are not. A model that
+            was not loaded from anywhere has no checkpoint to compare.
+
+    Raises:
+        PrunerError: it cannot be loaded, is something else, or reads another width.
     """
     if pruner is None:
         return None
     if isinstance(pruner, (str, Path)):
-        pruner = LearnablePruner.from_pretrained(pruner)
+        pruner = LearnablePruner.from_pretrained(pruner, width=width)
     if not isinstance(pruner, LearnablePruner):
         raise PrunerError(
             f"pruner must be a LearnablePruner, a folder or a Hub id, got {type(pruner).__name__}: {pruner!r}"
         )
-    if pruner.hidden_size != width:
-        raise PrunerError(f"the pruner reads {pruner.hidden_size}-wide features, this model has {width}-wide ones")
+    _check_width(pruner, width)
+    if config is not None:
+        base, name = pruner.base_model, _name(config)
+        if (base and name and not _same_checkpoint(base, name)) or pruner.model_type not in (None, config.model_type):
+            warnings.warn(
+                f"the pruner was trained on {base!r:.200} (model type {pruner.model_type!r:.200}), this model is "
+                f"{name!r} ({config.model_type!r}): how well it chooses tokens here is unknown",
+                stacklevel=3,
+            )
     return pruner
+
+
+def find_pruner(config: Any, width: int) -> LearnablePruner | None:
+    """The pruner that belongs to a checkpoint: the one inside its local folder, else that of `KNOWN_PRUNERS`, or None.
+
+    Only an entry of the table may ask the Hub. Where it lies says what it is for: no base is compared.
+
+    Args:
+        config: the model's; its name is what ``from_pretrained`` was given. None belongs to a model without a name.
+        width: features that the model's projector reads.
+
+    Raises:
+        PrunerError: there is one and it cannot be loaded, or it reads another width.
+    """
+    name = _name(config)
+    inside = Path(name) / CHECKPOINT_FOLDER
+    source = inside if name and inside.is_dir() else KNOWN_PRUNERS.get(name)
+    if source is None:
+        return None
+    try:
+        return LearnablePruner.from_pretrained(source, width=width)
+    except PrunerError as error:
+        raise PrunerError(f'the pruner of {name!r} (scorer="diversity" prunes without it): {error}') from error
+
+
+def _name(config: Any) -> str:
+    """What `from_pretrained` was given, as transformers notes it; empty for a model built from a config."""
+    return getattr(config, "_name_or_path", None) or ""
+
+
+def _same_checkpoint(base: str, name: str) -> bool:
+    """Whether a model loaded from `name` may be `base`: also a folder of the same last name, and a Hub cache's."""
+    path = Path(os.path.abspath(name))
+    return Path(base).name == path.name or f"models--{base.replace('/', '--')}" in path.parts
