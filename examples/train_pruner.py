@@ -39,7 +39,9 @@ def options() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1, help="steps an update (paper-like: batch x this = 64)")
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--steps", type=int, default=-1, help="updates (default: one epoch of the share)")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the base model")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the base model"
+    )
     parser.add_argument("--max-length", type=int, help="cut prompts to so many tokens")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory, more time")
     parser.add_argument("--pruner", help="start from this pruner: a folder or Hub id")
@@ -60,10 +62,14 @@ def main() -> None:
         from peft import LoraConfig, get_peft_model
 
         layers = r".*language_model.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
-        model = get_peft_model(model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=layers))
+        model = get_peft_model(
+            model, LoraConfig(r=args.lora_rank, lora_alpha=2 * args.lora_rank, target_modules=layers)
+        )
     pruner = LearnablePruner.from_pretrained(args.pruner) if args.pruner else None
     gated = GatedModel(model, pruner, objective=args.objective, weight=args.weight, tau=args.tau)
     gated.pruner.requires_grad_(not args.freeze_pruner)
+    if args.checkpointing:
+        gated.activation_checkpointing_enable()
     dataset = ConversationDataset(args.data, args.images, share=args.share, seed=args.seed)
     print(f"{len(dataset)} samples ({dataset.skipped} without an image skipped)")
     trainer = PrunerTrainer(
@@ -74,7 +80,6 @@ def main() -> None:
             per_device_train_batch_size=args.batch,
             gradient_accumulation_steps=args.accumulate,
             max_steps=args.steps,
-            gradient_checkpointing=args.checkpointing,
             save_steps=args.save_steps,
             save_total_limit=2,
             seed=args.seed,

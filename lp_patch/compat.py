@@ -72,3 +72,11 @@ def warmup(share: float) -> dict[str, float]:
 
     names = {field.name for field in fields(TrainingArguments)}
     return {"warmup_ratio" if "warmup_ratio" in names else "warmup_steps": share}
+
+
+def checkpoint_layers(model: Any, kwargs: dict, **options: Any) -> None:
+    """Turn on gradient checkpointing, which newer transformers call activation checkpointing."""
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if hasattr(model, f"{name}_enable"):
+            getattr(model, f"{name}_enable")(**{f"{name}_kwargs": kwargs}, **options)
+            return

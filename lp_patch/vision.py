@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .compat import encoded_features
-from .errors import UnsupportedInputError
-from .install import Installation
+from .errors import ConfigError, UnsupportedInputError
+from .install import Installation, owner
 from .registry import ModalityPart, Parts
 
 REMOVED = -torch.inf  # a feature row of this value was removed by stage 1
@@ -30,10 +30,10 @@ FEATURE_SCORES = "lp_patch_scores"  # attribute of a feature tensor: what stage 
 
 @dataclass
 class Encoding:
-    """Stage 1 of the images being encoded now."""
+    """Stage 1 of the images being encoded now; `attention` has what the scorer reads in the encoder, (B, N) each."""
 
     scores: list[Tensor | None] = field(default_factory=list)
-    cls_attention: Tensor | None = None
+    attention: dict[Any, Tensor] = field(default_factory=dict)
     index: Tensor | None = None
     present: int = 0
 
@@ -114,6 +114,10 @@ class Vision:
     def install(self, on: Installation) -> None:
         """Put the hooks on the model."""
         base = self.parts.base
+        if any(isinstance(owner(hook), Vision) for hook in base._forward_pre_hooks.values()):
+            raise ConfigError(
+                "this model is patched, or in training: call lp_patch.remove(model), or remove() of its GatedModel"
+            )
         for modality in self.parts.modalities:
             on.wrap(base, modality.encode, partial(self.around_encode, modality.name))
         if self.parts.adapter.merge is not None:

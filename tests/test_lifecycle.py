@@ -33,7 +33,7 @@ def snapshot(model):
         picture[f"{name} class"] = type(module)
         picture[f"{name} forward"] = str(inspect.signature(module.forward))
     picture["state"] = {key: (id(value), value.sum().item()) for key, value in model.state_dict(keep_vars=True).items()}
-    picture["encode"] = str(inspect.signature(model.base_model.get_image_features))
+    picture["encode"] = str(inspect.signature(getattr(model.base_model, "get_image_features", model.forward)))
     return picture
 
 

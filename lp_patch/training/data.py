@@ -58,14 +58,18 @@ class ConversationDataset(Dataset):
         names = sample["image"] if isinstance(sample["image"], list) else [sample["image"]]
         marks = sum(part["type"] == "image" for message in messages for part in message["content"])
         if marks != len(names):
-            raise UnsupportedInputError(f"a sample has {marks} {IMAGE_MARK} marks for {len(names)} images: {sample!r:.300}")
+            raise UnsupportedInputError(
+                f"a sample has {marks} {IMAGE_MARK} marks for {len(names)} images: {sample!r:.300}"
+            )
         return {"messages": messages, "images": [_open(self.images / name) for name in names]}
 
 
 def _message(turn: dict, sample: dict) -> dict:
     """A turn as a chat message, its text cut at the image marks."""
     if turn.get("from") not in ROLES:
-        raise UnsupportedInputError(f"a turn is from {turn.get('from')!r}, allowed are {', '.join(ROLES)}: {sample!r:.300}")
+        raise UnsupportedInputError(
+            f"a turn is from {turn.get('from')!r}, allowed are {', '.join(ROLES)}: {sample!r:.300}"
+        )
     content: list[dict] = []
     for number, text in enumerate(turn["value"].split(IMAGE_MARK)):
         if number:

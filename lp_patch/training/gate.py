@@ -5,7 +5,7 @@ to their places in the prompt, and `gated_attention` takes the place of every de
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -14,9 +14,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..attention import check_tappable, install_attention
+from ..compat import checkpoint_layers
 from ..errors import ConfigError, UnsupportedInputError
 from ..install import Installation, forget_compiled
-from ..patch import is_applied
 from ..pruner import LearnablePruner, resolve_pruner
 from ..registry import Parts, find_parts
 from ..vision import FEATURE_SCORES, State, Vision
@@ -155,8 +155,6 @@ class GatedModel(nn.Module):
             raise ConfigError(f'objective must be "ntp" or "distill", got {objective!r}')
         if not 0 <= tau <= 1 or weight < 0:
             raise ConfigError(f"tau must lie in [0, 1] and weight be >= 0, got tau={tau!r}, weight={weight!r}")
-        if is_applied(model):
-            raise ConfigError("this model is patched: call lp_patch.remove(model) before training on it")
         parts = find_parts(model)
         self.model = model
         self.pruner = new_pruner(parts.width) if pruner is None else resolve_pruner(pruner, parts.width)
@@ -179,10 +177,11 @@ class GatedModel(nn.Module):
 
     @contextmanager
     def opened(self) -> Iterator[None]:
-        """The model as it is without the gate, LoRA included."""
+        """The model as it was given: without the gate, without LoRA."""
         self._gate.on = False
         try:
-            yield
+            with self.model.disable_adapter() if self.has_lora else nullcontext():  # type: ignore[operator]
+                yield
         finally:
             self._gate.on = True
 
@@ -196,12 +195,18 @@ class GatedModel(nn.Module):
                     module.training = mode
         return self
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None) -> None:
-        """As on a transformers model; only the non-reentrant kind carries the gate's gradient."""
-        kwargs = {"use_reentrant": False, **(gradient_checkpointing_kwargs or {})}
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict | None = None, **options: Any
+    ) -> None:
+        """As on a transformers model, for Trainer; only the non-reentrant kind carries the gate's gradient."""
+        kwargs = {"use_reentrant": False, **(activation_checkpointing_kwargs or {})}
         if kwargs["use_reentrant"]:
             raise ConfigError("use_reentrant=True would lose the gate's gradient: leave it out")
-        self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+        checkpoint_layers(self.model, kwargs, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **options: Any) -> None:
+        """Its name before transformers 5.18."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> ModelOutput:
         """Inputs of the model, `labels` (B, S) int64 with -100 where nothing is to be learned.
@@ -221,9 +226,7 @@ class GatedModel(nn.Module):
         assert self._gate.mask is not None  # the forward has seen images, or raised
         kept = self._gate.mask.mean()
         budget = self.weight * (kept - self.tau) ** 2
-        return ModelOutput(
-            loss=task + budget, task_loss=task.detach(), budget_loss=budget.detach(), kept=kept.detach()
-        )
+        return ModelOutput(loss=task + budget, task_loss=task.detach(), budget_loss=budget.detach(), kept=kept.detach())
 
     def _asked(self, labels: Tensor | None, inputs: dict) -> Tensor:
         """(B, S) bool: positions whose next token is to be distilled."""

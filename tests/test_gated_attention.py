@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from lp_patch import UnsupportedInputError, training
-from lp_patch.training import gated_attention
+from lp_patch import UnsupportedInputError
+
+from lp_patch.training import attention, gated_attention
 
 
 def eager(query, key, value, gate, scaling=None):
@@ -63,7 +64,7 @@ def assert_close(actual, expected, rtol=1e-9):
 @pytest.fixture
 def block(monkeypatch):
     """Set the size of a block."""
-    return lambda elements: monkeypatch.setattr(training, "_CPU_BLOCK_ELEMENTS", elements)
+    return lambda elements: monkeypatch.setattr(attention, "_CPU_BLOCK_ELEMENTS", elements)
 
 
 # ------------------------------------------------------------------ the formula
@@ -78,11 +79,11 @@ def block(monkeypatch):
 @example(shape=(2, 2, 3, 11, 3), seed=1, elements=1, scaling=None)
 def test_value_and_gradients_equal_the_formula(shape, seed, elements, scaling):
     inputs, upstream = draw(*shape, seed=seed)
-    before, training._CPU_BLOCK_ELEMENTS = training._CPU_BLOCK_ELEMENTS, elements
+    before, attention._CPU_BLOCK_ELEMENTS = attention._CPU_BLOCK_ELEMENTS, elements
     try:
         actual = run(gated_attention, inputs, upstream, scaling=scaling)
     finally:
-        training._CPU_BLOCK_ELEMENTS = before
+        attention._CPU_BLOCK_ELEMENTS = before
     assert_close(actual, run(eager, inputs, upstream, scaling=scaling))
 
 
@@ -237,7 +238,7 @@ def test_no_full_map_is_ever_held(block):
         return forward.elements, backward.elements
 
     assert min(largest(eager, 256)) >= 2 * 256**2  # the recorder sees both passes
-    assert max(largest(gated_attention, 2048)) <= training._CPU_BLOCK_ELEMENTS < 2048**2
+    assert max(largest(gated_attention, 2048)) <= attention._CPU_BLOCK_ELEMENTS < 2048**2
     block(1)
     assert largest(gated_attention, 512) == (2 * 4 * 512,) * 2  # as large as the query: linear
     assert largest(gated_attention, 1024) == (2 * 4 * 1024,) * 2
