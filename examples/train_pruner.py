@@ -72,6 +72,14 @@ def main() -> None:
         gated.activation_checkpointing_enable()
     dataset = ConversationDataset(args.data, args.images, share=args.share, seed=args.seed)
     print(f"{len(dataset)} samples ({dataset.skipped} without an image skipped)")
+    gated.pruner.base_model, gated.pruner.model_type = args.model, gated.config.model_type
+    gated.pruner.training_info = {
+        "objective": args.objective,
+        "data": args.data.name,
+        "samples": len(dataset),
+        **{name: getattr(args, name) for name in ("seed", "weight", "tau", "steps", "batch", "accumulate")},
+        "learning_rate": args.learning_rate,
+    }
     trainer = PrunerTrainer(
         gated,
         training_arguments(

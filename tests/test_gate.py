@@ -1,11 +1,11 @@
-"""The gate: a frozen, stock model in which a pruner's decisions count, against the model that does not see the tokens."""
+"""The gate: a stock model in which a pruner's decisions count, against the model that does not see the tokens."""
 
 import pytest
 import torch
 from families import FAMILIES
 from masked import masked_logits, merged
 from test_lifecycle import snapshot
-from tiny import N, WIDTH, batch, images, tiny_llava, tokens
+from tiny import WIDTH, N, batch, images, tiny_llava, tokens
 
 import lp_patch
 from lp_patch import ConfigError, LearnablePruner, PrunerError, UnsupportedInputError
@@ -39,7 +39,7 @@ def inputs(rows=ROWS, labels=True, dtype=torch.float64):
 
 
 def looked_at(model, scene):
-    """What the oracle runs on, its inputs, and for each visual input its positions and the features (n, C) behind it."""
+    """What the oracle runs on, its inputs, and each visual input's positions and the features (n, C) behind it."""
     if not hasattr(scene, "grown"):
         given, decoder = scene.forward(), model.get_decoder()
         seen = scene.features(model)
@@ -229,7 +229,7 @@ def test_what_is_refused():
         GatedModel(model, weight=-1.0)
     with pytest.raises(PrunerError, match="wide"):
         GatedModel(model, LearnablePruner(WIDTH + 1))
-    with lp_patch.applied(model), pytest.raises(ConfigError, match="lp_patch.remove"):
+    with lp_patch.applied(model), pytest.raises(ConfigError, match=r"lp_patch\.remove"):
         GatedModel(model)
     assert not lp_patch.is_applied(model)
     training = gated()

@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from lp_patch import UnsupportedInputError
-
 from lp_patch.training import attention, gated_attention
 
 

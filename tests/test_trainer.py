@@ -213,9 +213,8 @@ def stop_after(steps):
     return Stop()
 
 
-def test_accumulated_steps_are_one_larger_batch(tmp_path, data, processor):
-    """The task's gradient is a mean over samples with answers of equal length, the budget's over the parts."""
-    job = trainer(tmp_path / "out", data, processor, steps=1, weight=0.0)
+def test_accumulated_losses_are_averaged(tmp_path, data, processor):
+    job = trainer(tmp_path / "out", data, processor, steps=1)
     assert job.model_accepts_loss_kwargs is False, "Trainer would sum the parts' losses instead of averaging them"
 
 
@@ -229,9 +228,7 @@ def test_what_trainer_refuses(tmp_path, data, processor):
 
 def example(*options, processes=1):
     """Run examples/train_pruner.py as a user does."""
-    launcher = (
-        [] if processes == 1 else ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
-    )
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"] * (processes > 1)
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *launcher, str(ROOT / "examples" / "train_pruner.py"), str(MODEL), *map(str, options)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)

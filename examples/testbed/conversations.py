@@ -11,8 +11,8 @@ import json
 import random
 
 from PIL import Image
-from scenes import RUNS, Style, build
 from questions import for_training
+from scenes import RUNS, Style, build
 
 
 def main() -> None:

@@ -135,7 +135,7 @@ class ConversationCollator:
             return self.processor.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask)
 
         text = render(len(messages), ask=messages[-1]["role"] == "user")
-        spans = []
+        spans: list[tuple[int, int]] = []
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 if spans and any(part["type"] == "image" for part in message["content"]):

@@ -157,10 +157,10 @@ class GatedModel(nn.Module):
             raise ConfigError(f"tau must lie in [0, 1] and weight be >= 0, got tau={tau!r}, weight={weight!r}")
         parts = find_parts(model)
         self.model = model
-        self.pruner = new_pruner(parts.width) if pruner is None else resolve_pruner(pruner, parts.width)
+        self.pruner = resolve_pruner(pruner, parts.width, parts.model.config) or new_pruner(parts.width)
         self.objective, self.weight, self.tau = objective, weight, tau
         self.config = parts.model.config
-        self._gate = Gate(parts, self.pruner)  # type: ignore[arg-type]
+        self._gate = Gate(parts, self.pruner)
         self._installation = Installation()
         self._gate.install(self._installation)
         forget_compiled()

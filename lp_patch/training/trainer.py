@@ -44,7 +44,9 @@ class PrunerTrainer(Trainer):
         super().__init__(model=model, args=args, **options)
         self._noted: list[Tensor] = []
 
-    def compute_loss(self, model: nn.Module, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(
+        self, model: nn.Module, inputs: dict, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         """The gated model's own loss."""
         outputs = model(**inputs)
         self._noted.append(torch.stack([outputs[name].float() for name in LOGGED]))
@@ -62,7 +64,7 @@ class PrunerTrainer(Trainer):
         """The pruner's files, and LoRA's below them; never the base model."""
         if not self.args.should_save:
             return
-        folder = Path(output_dir or self.args.output_dir)
+        folder = Path(output_dir or str(self.args.output_dir))
         gated = self._gated()
         gated.pruner.save_pretrained(folder)
         if gated.has_lora:
