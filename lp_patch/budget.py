@@ -6,6 +6,8 @@ The budget is the average number of visual tokens over all decoder layers (Learn
 import math
 from typing import NamedTuple
 
+from .errors import ConfigError
+
 _EPSILON = 1e-9  # float noise must not push an exact quotient over the next integer
 
 
@@ -26,6 +28,30 @@ def default_layer(n_layers: int) -> int:
         k, counted from 1, in ``[1, n_layers - 1]``.
     """
     return min(max(round(0.375 * n_layers), 1), n_layers - 1)
+
+
+def inside_budget(
+    average: float, present: int, n_layers: int, layer: int, wipe_layer: int | None = None
+) -> StageBudget:
+    """The budget without stage 1: k layers run on all N tokens, so ``R2 = ceil((L R - k N) / (w - k))``, ``R1 = N``.
+
+    R2 clips to the tokens present; a budget at or above that number keeps everything. Arguments are those of
+    `stage_budget`.
+
+    Raises:
+        ConfigError: the first k layers alone cost the budget or more, which leaves no token to the others.
+    """
+    wipe = n_layers if wipe_layer is None else wipe_layer
+    if average >= present:
+        return StageBudget(present, present)
+    stage2 = math.ceil((n_layers * average - layer * present) / (wipe - layer) - _EPSILON)
+    if stage2 < 1:
+        tokens = f" (tokens={layer * present // n_layers + 1} for an input of {present})" if present > 1 else ""
+        raise ConfigError(
+            f'scorer="none" runs {layer} of {n_layers} decoder layers on all visual tokens, so {average / present:.4g} '
+            f"of them on average is too few: give a ratio above {layer / n_layers:.4g}{tokens}, or a smaller layer"
+        )
+    return StageBudget(present, min(stage2, present))
 
 
 def stage_budget(

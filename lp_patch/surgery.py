@@ -21,7 +21,7 @@ What the language model's forward decides lives in a `Run`, one per thread, made
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers import GenerationConfig
 
 from . import cache as kv
 from .attention import check_tappable, install_tap
-from .budget import StageBudget, default_layer, stage_budget
+from .budget import StageBudget, default_layer, inside_budget, stage_budget
 from .compat import PREFILL_METHODS, causal_mask, uncounted
 from .config import PruningConfig
 from .errors import ConfigError, UnsupportedInputError
@@ -41,7 +41,7 @@ from .pruner import LearnablePruner
 from .registry import Parts
 from .score import received_attention
 from .select import compact_index, restore_index, select_tokens, take, take_along, top_mask
-from .strategies import SCORERS, Scorer, Stage1Input, resolve_scorer, resolve_text_scorer
+from .strategies import SCORERS, Reading, Scorer, Stage1Input, Stage2Input, resolve_scorer, resolve_text_scorer
 from .trace import InputScores, Record, Shape
 from .vision import FEATURE_SCORES, REMOVED, PerThread, Shown, State, Vision, is_removed, shows_images
 
@@ -127,9 +127,10 @@ class Surgery(Vision):
     state: SurgeryState
 
     def __init__(self, parts: Parts, config: PruningConfig, pruner: LearnablePruner | None) -> None:
+        self.scorer, self.text_scorer = resolve_scorer(config.scorer, pruner), resolve_text_scorer(config.text_scorer)
         n_layers = len(parts.layers)
         # a default that DeepStack forbids would refuse a model that nobody gave a layer for
-        default = min(max(default_layer(n_layers), parts.first_cut), n_layers - 1)
+        default = min(max(self.text_scorer.layer or default_layer(n_layers), parts.first_cut), n_layers - 1)
         layer = default if config.layer is None else config.layer
         wipe = config.final_wipe_layer
         if not 1 <= layer < n_layers:
@@ -142,10 +143,9 @@ class Surgery(Vision):
         self.patch: Any = None  # the handle; found again through the hooks, also on a copy of the model
         self.config = config
         self.shape = Shape(n_layers, layer, None if wipe == n_layers else wipe)
-        self.scorer = resolve_scorer(config.scorer, pruner)
-        self.text_weights = resolve_text_scorer(config.text_scorer)
         self.pruner = pruner
-        self.cls_layer = self._cls_layer()
+        self._check_strategies()
+        self.readings = self._readings()
         check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
         if config.positions == "compact" and hasattr(parts.rotary, "mrope_section"):
             raise ConfigError(
@@ -166,19 +166,49 @@ class Surgery(Vision):
         copy.__dict__.update(deepcopy(self.__dict__, memo))
         return copy
 
-    def _cls_layer(self) -> nn.Module | None:
-        """The vision attention that the "cls" scorer reads."""
-        if not self.scorer.needs_cls_attention:
-            return None
+    def _check_strategies(self) -> None:
+        """Refuse options that the strategies would ignore."""
+        config, scorer, text_scorer = self.config, self.scorer, self.text_scorer
+        if (scorer.select or scorer.keeps_all) and config.diversity not in (0, PruningConfig.diversity):
+            raise ConfigError(
+                f"diversity={config.diversity} has no effect with scorer={scorer.name!r}, which has a rule of its own: "
+                "leave it out"
+            )
+        if scorer.keeps_all and config.stage_ratio != PruningConfig.stage_ratio:
+            raise ConfigError(
+                f"stage_ratio={config.stage_ratio} has no meaning with scorer={scorer.name!r}, which keeps all tokens "
+                "until stage 2: leave it out"
+            )
+        if text_scorer.alone and not scorer.keeps_all:
+            raise ConfigError(
+                f"text_scorer={text_scorer.name!r} is a method without stage 1, got scorer={scorer.name!r}: pass "
+                'scorer="none", or another text_scorer'
+            )
+        if config.stage_ratio == 1 and config.text_scorer != PruningConfig.text_scorer:
+            raise ConfigError(
+                f"stage_ratio=1 switches stage 2 off, so text_scorer={config.text_scorer!r} has no effect: drop one"
+            )
+        if scorer.keeps_all and config.ratio is not None:
+            self.budget(1)  # refuses what is too small for any input
+
+    def _readings(self) -> list[tuple[nn.Module, tuple[Reading, ...]]]:
+        """The vision attention modules that the scorer reads, each once, and what it reads there."""
+        if not self.scorer.reads:
+            return []
         adapter = self.parts.adapter
-        if adapter.cls_attention is None:
+        if adapter.vision_attention is None:
+            allowed = sorted(f'"{name}"' for name, x in SCORERS.items() if not x.reads and not x.needs_pruner)
             raise ConfigError(
                 f"scorer={self.scorer.name!r} needs a [CLS] token that ranks the visual tokens one to one, which "
-                f'{adapter.family} does not have: use "diversity", or "learned" with a pruner'
+                f'{adapter.family} does not have: use one of {", ".join(allowed)}, or "learned" with a pruner'
             )
-        module = adapter.cls_attention(self.parts.base)
-        check_tappable(module, "the vision attention behind the features")
-        return module
+        modules = adapter.vision_attention(self.parts.base)
+        found: dict[int, tuple[Reading, ...]] = {}
+        for reading in self.scorer.reads:
+            number = max(1, round(reading.depth * len(modules)))
+            check_tappable(modules[number - 1], f"the attention of vision layer {number}")
+            found[number] = (*found.get(number, ()), reading)
+        return [(modules[number - 1], readings) for number, readings in found.items()]
 
     def install(self, on: Installation) -> None:
         """Put the hooks on the model."""
@@ -201,22 +231,31 @@ class Surgery(Vision):
             on.before(layer, partial(self.before_layer, index))
         if self.config.stage_ratio > 1:
             on.note(install_tap(parts.attention[self.shape.layer - 1], self.observe_text))
-        if self.cls_layer is not None:
-            on.note(install_tap(self.cls_layer, self.observe_cls))
+        for module, readings in self.readings:
+            on.note(install_tap(module, partial(self.observe_vision, readings)))
 
     def budget(self, present: int) -> StageBudget:
         """What a visual input of `present` tokens keeps."""
         n_layers, layer, wipe_layer = self.shape
-        return stage_budget(self.config.average(present), present, n_layers, layer, self.config.stage_ratio, wipe_layer)
+        average = self.config.average(present)
+        if self.scorer.keeps_all:
+            return inside_budget(average, present, n_layers, layer, wipe_layer)
+        return stage_budget(average, present, n_layers, layer, self.config.stage_ratio, wipe_layer)
 
     # ------------------------------------------------------------------ stage 1
 
-    def observe_cls(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        """The vision layer whose output becomes the features: query and key (B, H, 1 + N, D), [CLS] first."""
+    def observe_vision(self, readings: tuple[Reading, ...], query: Tensor, key: Tensor, scaling: float) -> None:
+        """A vision layer's query and key (B, H, 1 + N, D), [CLS] first: what the scorer reads there, (B, N) each."""
         encoding = self._shown().encoding
-        if encoding is not None:
-            weight = query.new_ones((query.shape[0], 1))
-            encoding.cls_attention = received_attention(query[:, :, :1], key, weight, scaling, causal=False)[:, 1:]
+        if encoding is None:
+            return
+        for reading in readings:
+            asking = query[:, :, :1] if reading.of == "cls" else query
+            batch, _, length, _ = asking.shape
+            weight = torch.full((batch, length), 1 / length, device=query.device)
+            with torch.no_grad():
+                received = received_attention(asking, key, weight, scaling, causal=False)
+            encoding.attention[reading] = received[:, 1:]
 
     @torch.compiler.disable
     def before_projector(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -226,7 +265,7 @@ class Surgery(Vision):
             return None
         features = args[0]
         encoding.index = None
-        index, scores = self._stage1(features, self.scorer, encoding.cls_attention)
+        index, scores = self._stage1(features, self.scorer, encoding.attention)
         encoding.scores += [None] * features.shape[0] if scores is None else list(scores)
         if index is None:
             return None
@@ -242,18 +281,24 @@ class Surgery(Vision):
         return _mark(output, encoding.index, encoding.present)
 
     def _stage1(
-        self, features: Tensor, scorer: Scorer, cls_attention: Tensor | None
+        self, features: Tensor, scorer: Scorer, attention: dict[Reading, Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
         """(B, N, C) -> indices (B, R1), or None for all of them, and the scores (B, N) behind them, if any."""
-        keep = self.budget(features.shape[1]).stage1
-        if keep >= features.shape[1]:
+        batch, present, _ = features.shape
+        keep = self.budget(present).stage1
+        if keep >= present:
             return None, None
+        given = Stage1Input(features, keep, self.config.seed, tuple(attention[x] for x in scorer.reads), self.pruner)
         with torch.no_grad():
+            if scorer.select is not None:
+                index = scorer.select(given)
+                _check_shape(scorer.name, index, (batch, keep))
+                return index.sort(dim=1).values, None
             scores = None
             if scorer.score is not None:
                 by_score = max(1, keep - round(self.config.diversity * keep))
-                given = Stage1Input(features, by_score, self.config.seed, cls_attention, self.pruner)
-                scores = scorer.score(given).float()
+                scores = scorer.score(replace(given, keep=by_score)).float()
+                _check_shape(scorer.name, scores, (batch, present))
             return select_tokens(features, scores, keep, self.config.diversity), scores
 
     # ------------------------------------------------------------------ the whole model
@@ -375,9 +420,10 @@ class Surgery(Vision):
         if self.state.local.candidates:
             is_text[:, -self.state.local.candidates :] = is_text_h[:, -self.state.local.candidates :] = False
         # line breaks are no text, but a prompt that ends in one asks with it
-        weights = self.text_weights(is_text, visual | structural, keep) * visual.any(dim=1, keepdim=True)
+        weigh = self.text_scorer.weigh
+        weights = weigh(is_text, visual | structural, keep) * visual.any(dim=1, keepdim=True)
         # weights that lie after the images: a bound from the host's copies, on which late stage 1 shows nothing yet
-        asking = self.text_weights(is_text_h, visual_h | structural_h, real_h & ~removed_h) > 0
+        asking = weigh(is_text_h, visual_h | structural_h, real_h & ~removed_h) > 0
         asking = (asking & visual_h.any(dim=1, keepdim=True)).cumsum(dim=1) > 0
         n_queries = max(1, int((asking & real_h & ~removed_h).sum(dim=1).max()))
         ids = self._position_ids(kwargs, length, device)
@@ -436,7 +482,7 @@ class Surgery(Vision):
         Returns `removed` (B, S) with the new losses; adds to `scores`.
         """
         scorer = self.scorer
-        if scorer.needs_cls_attention or (scorer.needs_pruner and self.parts.projector is not None):
+        if scorer.reads or (scorer.needs_pruner and self.parts.projector is not None):
             scorer = SCORERS["diversity"]
             self._warn(
                 f'scorer="{self.scorer.name}" reads the vision encoder, but this call brings features that were '
@@ -447,7 +493,7 @@ class Surgery(Vision):
             group = [x for x in inputs if x.pending and x.present == present]
             rows = torch.tensor([[x.row] for x in group], device=embeds.device)
             positions = torch.stack([x.positions for x in group]).to(embeds.device)
-            index, score = self._stage1(embeds[rows, positions], scorer, None)
+            index, score = self._stage1(embeds[rows, positions], scorer, {})
             assert index is not None  # pending means that there is something to remove
             removed[rows, positions] = torch.ones_like(positions, dtype=torch.bool).scatter_(1, index, False)
             if score is not None:
@@ -509,15 +555,17 @@ class Surgery(Vision):
             return
         weights = run.query_weights.to(query.device)  # type: ignore[union-attr]
         view = run.layer_views[-1]
+        given = Stage2Input(
+            query=query[:, :, query.shape[2] - weights.shape[1] :],
+            key=key[:, :, : view.keys],
+            key_mask=None if view.valid is None else view.valid.to(key.device),
+            weights=weights,
+            scaling=scaling,
+            visual=run.stages[-1].visual.to(key.device),
+        )
         with torch.no_grad():
-            received = received_attention(
-                query[:, :, query.shape[2] - weights.shape[1] :],
-                key[:, :, : view.keys],
-                weights,
-                scaling,
-                key_mask=None if view.valid is None else view.valid.to(key.device),
-            )
-        run.text_scores = received[:, view.keys - query.shape[2] :]
+            run.text_scores = self.text_scorer.score(given).float()
+        _check_shape(self.text_scorer.name, run.text_scores, tuple(given.visual.shape))
 
     @torch.compiler.disable
     def before_layer(self, index: int, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
@@ -643,6 +691,12 @@ def _mark(survivors: Tensor, index: Tensor, present: int) -> Tensor:
     batch, _, width = survivors.shape
     rows = index.to(survivors.device)[..., None].expand(-1, -1, width)
     return survivors.new_full((batch, present, width), REMOVED).scatter(1, rows, survivors)
+
+
+def _check_shape(strategy: str, answer: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse what a strategy from outside must not answer."""
+    if answer.shape != shape:
+        raise ConfigError(f"the strategy {strategy!r} answered {tuple(answer.shape)}, {shape} was asked for")
 
 
 def _and(keep: Tensor, valid: Tensor | None) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from lp_patch.budget import default_layer, stage_budget
+from lp_patch import ConfigError
+from lp_patch.budget import default_layer, inside_budget, stage_budget
 
 
 @pytest.mark.parametrize(
@@ -138,6 +139,45 @@ def test_ratio_one_is_one_stage():
 def test_float_noise_does_not_buy_a_token(share):
     # share/100 of 700 tokens is a whole number, which a float quotient may exceed by an ulp
     assert stage_budget(share / 100 * 700, 700, 10, 3, 1.0) == (7 * share, 7 * share)
+
+
+@pytest.mark.parametrize(
+    ("average", "expected"),
+    # FastV's layer 2 of 32 on 576 tokens: what is left of 192 is 192 * 32 - 2 * 576 = 4992 = 30 * 166.4
+    [(192, (576, 167)), (128, (576, 99)), (64, (576, 30)), (37, (576, 2)), (576, (576, 576)), (600, (576, 576))],
+)
+def test_without_stage_1(average, expected):
+    assert inside_budget(average, 576, 32, 2) == expected
+
+
+@given(settings())
+def test_without_stage_1_against_exact_fractions(case):
+    average, present, n_layers, layer, _, wipe = case
+    end = wipe or n_layers
+    if average >= present:
+        assert inside_budget(float(average), present, n_layers, layer, wipe) == (present, present)
+        return
+    left = n_layers * average - layer * present
+    if left <= 0:
+        with pytest.raises(ConfigError) as error:
+            inside_budget(float(average), present, n_layers, layer, wipe)
+        if present > 1:
+            smallest = next(t for t in range(1, present + 1) if n_layers * t > layer * present)
+            assert f"tokens={smallest} " in str(error.value)
+            assert inside_budget(smallest, present, n_layers, layer, wipe).stage2 >= 1
+        return
+    got = inside_budget(float(average), present, n_layers, layer, wipe)
+    assert got == (present, min(present, math.ceil(left / (end - layer))))
+    # the true average is the budget, or less than a token of the later layers above it
+    true = Fraction(present * layer + got.stage2 * (end - layer), n_layers)
+    assert true < average + Fraction(end - layer, n_layers)
+    assert true >= average or got.stage2 == present
+
+
+@pytest.mark.parametrize("share", range(21, 100))
+def test_float_noise_does_not_buy_a_token_without_stage_1(share):
+    # share/100 of 800 tokens over 10 layers, 2 of them on all: 8 * share * 10 - 1600, in 8 parts
+    assert inside_budget(share / 100 * 800, 800, 10, 2) == (800, 10 * share - 200)
 
 
 @pytest.mark.parametrize(("n_layers", "expected"), [(2, 1), (3, 1), (4, 2), (24, 9), (28, 10), (32, 12), (40, 15)])

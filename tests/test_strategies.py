@@ -1,17 +1,30 @@
 """The catalogue of strategies, by name."""
 
+import copy
 import itertools
+import math
+import re
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import attention_layer, farthest
+from test_lifecycle import inputs_for, snapshot
+from tiny import IMAGE, LAYERS, VOCAB, N, batch, images, pre_encodes, tiny_llava, tokens
+from tiny_llava_family import tiny as tiny_family
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from lp_patch import ConfigError, LearnablePruner
+import lp_patch
+from lp_patch import ConfigError, LearnablePruner, UnsupportedInputError, strategies
 from lp_patch.strategies import (
     SCORERS,
     TEXT_SCORERS,
+    Scorer,
     Stage1Input,
+    TextScorer,
+    catalogue,
+    register,
     resolve_scorer,
     resolve_text_scorer,
     text_query_weights,
@@ -26,14 +39,45 @@ def scores(name, features, keep=4, seed=0, **given):
 
 
 def test_catalogue():
-    assert set(SCORERS) == {"learned", "diversity", "cls", "random", "uniform"}
-    assert set(TEXT_SCORERS) == {"text"}
-    for name, scorer in SCORERS.items():
-        assert scorer.name == name
-        assert scorer.source  # where it comes from
-    assert SCORERS["diversity"].score is None
+    assert set(SCORERS) == {
+        "learned", "diversity", "cls", "random", "uniform", "none", "visionzip", "vispruner", "hiprune",
+    }  # fmt: skip
+    assert set(TEXT_SCORERS) == {"text", "last", "fastv"}
+    table = catalogue().splitlines()
+    assert len(table) == len(SCORERS) + len(TEXT_SCORERS)
+    for option, known in (("scorer", SCORERS), ("text_scorer", TEXT_SCORERS)):
+        for name, strategy in known.items():
+            assert strategy.name == name
+            (line,) = [line for line in table if line.startswith(f"{option}={name!r} ")]
+            assert line.endswith(f" {strategy.source}")
+            # a paper, or a word that it is none
+            assert re.search(r"\(\d{4}\.\d{5}\)|baseline|no stage 1|\[CLS\] attention|FastV's", line), line
     assert [name for name in SCORERS if SCORERS[name].needs_pruner] == ["learned"]
-    assert [name for name in SCORERS if SCORERS[name].needs_cls_attention] == ["cls"]
+    assert {name for name in SCORERS if SCORERS[name].reads} == {"cls", "visionzip", "vispruner", "hiprune"}
+
+
+@pytest.fixture
+def own_catalogue(monkeypatch):
+    """A catalogue of this test's own."""
+    monkeypatch.setattr(strategies.base, "SCORERS", dict(SCORERS))
+    monkeypatch.setattr(strategies.base, "TEXT_SCORERS", dict(TEXT_SCORERS))
+
+
+def test_register(own_catalogue):
+    mine = Scorer("mine", "a test", lambda x: x.features.norm(dim=2))
+    register(mine)
+    assert resolve_scorer("mine", None) is mine
+    assert "scorer='mine'" in catalogue()
+    with pytest.raises(ConfigError, match=r"'mine' is taken\. Taken: auto, cls, diversity, "):
+        register(mine)
+    with pytest.raises(ConfigError, match="'auto' is taken"):
+        register(Scorer("auto", "a test"))
+    register(TextScorer("mine", "stage 2 has names of its own", text_query_weights))
+    assert resolve_text_scorer("mine").source.startswith("stage 2")
+    with pytest.raises(ConfigError, match="takes a Scorer or a TextScorer, got function"):
+        register(text_query_weights)
+    with pytest.raises(ConfigError, match="'both' brings both score and select"):
+        register(Scorer("both", "a test", score=lambda x: x, select=lambda x: x))
 
 
 @given(st.integers(1, 200), st.data())
@@ -74,7 +118,7 @@ def test_learned_asks_the_pruner_and_cls_the_attention():
     expected = pruner(features).softmax(-1)[..., 1]
     torch.testing.assert_close(scores("learned", features, pruner=pruner), expected)
     attention = torch.rand(2, 5)
-    assert scores("cls", features, cls_attention=attention).equal(attention)
+    assert scores("cls", features, attention=(attention,)).equal(attention)
 
 
 def test_auto():
@@ -99,15 +143,15 @@ def test_a_pruner_that_would_be_ignored_is_refused(name):
 
 @pytest.mark.parametrize("name", ["", "Learned", "text", "fastv"])
 def test_unknown_scorer(name):
-    with pytest.raises(ConfigError, match=f"unknown scorer '{name}'. Allowed: auto, cls, diversity, learned, random, "):
+    with pytest.raises(ConfigError, match=f"unknown scorer '{name}'. Allowed: auto, cls, diversity, hiprune, "):
         resolve_scorer(name, None)
 
 
 @pytest.mark.parametrize("name", ["", "auto", "Text", "diversity"])
 def test_unknown_text_scorer(name):
-    with pytest.raises(ConfigError, match=f"unknown text_scorer '{name}'. Allowed: text"):
+    with pytest.raises(ConfigError, match=f"unknown text_scorer '{name}'. Allowed: fastv, "):
         resolve_text_scorer(name)
-    assert resolve_text_scorer("text") is text_query_weights
+    assert resolve_text_scorer("text").weigh is text_query_weights
 
 
 def query_weights(row):
@@ -149,3 +193,401 @@ def test_text_query_weights(rows):
     got = weights(rows)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, torch.tensor([query_weights(row) for row in rows]))
+
+
+# ---------------------------------------------------------------- the published selections, written a second time
+
+
+def best(values, count):
+    """Indices of the `count` largest, ties to the first."""
+    return sorted(range(len(values)), key=lambda i: (-values[i], i))[:count]
+
+
+def cosine(a, b):
+    dot = sum(x * y for x, y in zip(a, b, strict=True))
+    return dot / math.sqrt(sum(x * x for x in a) * sum(y * y for y in b))
+
+
+def vispruner(features, attention, keep):
+    """One input (N, C), from its paper and the order in which its authors deal."""
+    order = best(attention, len(attention))
+    important, others = order[: keep // 2], order[keep // 2 :]
+    while len(others) > keep - keep // 2:
+        even = [i for place, i in enumerate(others) if place % 2 == 0]
+        odd = [i for place, i in enumerate(others) if place % 2 == 1]
+        alike = {i: max(cosine(features[i], features[j]) for j in odd) for i in even}
+        ranked = sorted(even, key=lambda i: -alike[i])
+        gone = min(8, len(others) - (keep - keep // 2), len(even))
+        others = ranked[gone:] + odd
+    return sorted(important + others)
+
+
+def hiprune(middle, last, keep):
+    """One input on a square grid."""
+    side = round(len(middle) ** 0.5)
+    chosen = set()
+    for anchor in best(middle, round(0.1 * keep / 5)):
+        row, column = divmod(anchor, side)
+        for r, c in [(row, column), (row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]:
+            if 0 <= r < side and 0 <= c < side:
+                chosen.add(r * side + c)
+    rest = [i for i in best(last, len(last)) if i not in chosen]
+    return sorted([*chosen, *rest[: keep - len(chosen)]])
+
+
+def chosen_by(name, features, keep, *attention):
+    got = SCORERS[name].select(Stage1Input(features, keep, 0, attention))
+    assert got.shape == (len(features), keep)
+    assert all(len(set(row)) == keep for row in got.tolist())
+    return [sorted(row) for row in got.tolist()]
+
+
+@given(st.integers(2, 60), st.integers(1, 3), st.integers(0, 99), st.data())
+def test_vispruner_against_loops(n, rows, seed, data):
+    keep = data.draw(st.integers(1, n))
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(rows, n, 4, generator=generator).double()
+    attention = torch.rand(rows, n, generator=generator)
+    got = chosen_by("vispruner", features, keep, attention)
+    assert got == [vispruner(f, a, keep) for f, a in zip(features.tolist(), attention.tolist(), strict=True)]
+
+
+def test_vispruner_keeps_one_of_two_twins():
+    features = torch.eye(8)[None].repeat(1, 1, 1)
+    features[0, 5] = features[0, 4]
+    attention = torch.tensor([[0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2]])
+    (kept,) = chosen_by("vispruner", features, 7, attention)
+    assert len({4, 5} & set(kept)) == 1
+
+
+@given(st.integers(1, 14), st.integers(1, 3), st.integers(0, 99), st.data())
+def test_hiprune_against_loops(side, rows, seed, data):
+    keep = data.draw(st.integers(1, side**2))
+    generator = torch.Generator().manual_seed(seed)
+    middle, last = torch.rand(2, rows, side**2, generator=generator)
+    got = chosen_by("hiprune", torch.zeros(rows, side**2, 2), keep, middle, last)
+    assert got == [hiprune(m, x, keep) for m, x in zip(middle.tolist(), last.tolist(), strict=True)]
+
+
+def test_hiprune_surrounds_without_wrapping():
+    middle, last = torch.zeros(1, 100), torch.linspace(0, 0.1, 100)[None]
+    middle[0, 39] = 1.0  # the end of the fourth row of ten
+    (kept,) = chosen_by("hiprune", torch.zeros(1, 100, 2), 50, middle, last)
+    assert {39, 38, 29, 49} <= set(kept)
+    assert 40 not in kept
+    assert kept[-46:] == list(range(54, 100))
+
+
+def test_hiprune_needs_a_grid():
+    with pytest.raises(UnsupportedInputError, match="square grid of patches, got 12 tokens"):
+        chosen_by("hiprune", torch.zeros(1, 12, 2), 5, torch.rand(1, 12), torch.rand(1, 12))
+
+
+def test_visionzip_is_the_top_of_cls():
+    attention = torch.rand(3, 20)
+    assert chosen_by("visionzip", torch.zeros(3, 20, 2), 6, attention) == [
+        sorted(best(row, 6)) for row in attention.tolist()
+    ]
+
+
+# ---------------------------------------------------------------- in a model, against everything written a second time
+
+
+@torch.no_grad()
+def vision_maps(model, pixels):
+    """(n, N, C) features, and (layers up to theirs, n, 1 + N, 1 + N) attention, mean over heads, by its weights."""
+    tower = model.model.vision_tower
+    tower = getattr(tower, "vision_model", tower)
+    states = tower(pixels, output_hidden_states=True).hidden_states
+    maps = []
+    for layer, x in zip(tower.encoder.layers[:-1], states, strict=False):
+        y, heads = layer.layer_norm1(x), tower.config.num_attention_heads
+        q, k = (
+            f(y).unflatten(-1, (heads, -1)).transpose(1, 2) for f in (layer.self_attn.q_proj, layer.self_attn.k_proj)
+        )
+        maps.append((q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1).mean(1))
+    return states[-2][:, 1:], torch.stack(maps)
+
+
+def kept_before(model, pixels, scorer, keep):
+    """Indices that stage 1 keeps, image after image."""
+    features, maps = vision_maps(model, pixels)
+    n = features.shape[1]
+    out = []
+    for image in range(len(pixels)):
+        cls = maps[-1, image, 0, 1:].tolist()
+        middle, last = (maps[layer, image].sum(0)[1:].tolist() for layer in (0, -1))
+        kept = {
+            "none": lambda: list(range(n)),
+            "diversity": lambda image=image: sorted(farthest(features[image], [], keep)),
+            "visionzip": lambda cls=cls: sorted(best(cls, keep)),
+            "vispruner": lambda image=image, cls=cls: vispruner(features[image].tolist(), cls, keep),
+            "hiprune": lambda middle=middle, last=last: hiprune(middle, last, keep),
+        }[scorer]()
+        out += [image * n + i for i in kept]
+    return out
+
+
+def text_after(last_visual, end):
+    return list(range(last_visual + 1, end)) or [end - 1]
+
+
+def received_from(queries):
+    """A stage-2 score: attention of `queries` (last visual token, length) -> positions."""
+
+    def score(model, layer, x, at, visual, attention):
+        asking = queries(max(visual), at[-1] + 1)
+        mean = attention.mean(0)[[at.index(i) for i in asking]].mean(0)
+        return [float(mean[at.index(i)]) for i in visual if i in at]
+
+    return score
+
+
+@torch.no_grad()
+def whole(model, ids, pixels, kept, k, wanted, score):
+    """Logits (S, vocab) at the tokens that are left, their positions, what stage 2 kept and its scores."""
+    visual = [i for i, token in enumerate(ids) if token == IMAGE]
+    x = model.get_input_embeddings()(torch.tensor(ids))
+    projected = model.model.multi_modal_projector(vision_maps(model, pixels)[0]).flatten(0, 1)
+    for number, position in enumerate(visual):
+        x[position] = projected[number]
+    at = [i for i in range(len(ids)) if i not in visual or visual.index(i) in kept]
+    x = x[at]
+    for number, layer in enumerate(model.model.language_model.layers, start=1):
+        before = x
+        x, attention = attention_layer(model, layer, x, at)
+        if number == k and wanted < len(kept):
+            scores = score(model, layer, before, at, visual, attention)
+            left = [visual[kept[i]] for i in best(scores, wanted)]
+            stay = [s for s, i in enumerate(at) if i not in visual or i in left]
+            at, x = [at[s] for s in stay], x[stay]
+    logits = model.lm_head(model.model.language_model.norm(x))
+    return logits, at, [visual.index(i) for i in at if i in visual], scores if wanted < len(kept) else None
+
+
+TEXT = received_from(text_after)
+LAST = received_from(lambda last_visual, end: [end - 1])
+# options, (tokens kept by stage 1, by stage 2, layers before it), the score of stage 2
+WHOLE = {
+    "visionzip": ({"scorer": "visionzip", "tokens": 9}, (18, 6, 2), TEXT),
+    "vispruner": ({"scorer": "vispruner", "tokens": 9}, (18, 6, 2), TEXT),
+    "vispruner, stage 1 alone": ({"scorer": "vispruner", "tokens": 7, "stage_ratio": 1.0}, (7, 7, 2), TEXT),
+    "hiprune": ({"scorer": "hiprune", "tokens": 15}, (27, 9, 2), TEXT),
+    "hiprune, stage 1 alone": ({"scorer": "hiprune", "tokens": 30, "stage_ratio": 1}, (30, 30, 2), TEXT),
+    "last": ({"text_scorer": "last", "tokens": 9}, (18, 6, 2), LAST),
+    "last, after 4": ({"text_scorer": "last", "scorer": "vispruner", "tokens": 9, "layer": 4}, (12, 4, 4), LAST),
+    "none": ({"scorer": "none", "tokens": 20, "layer": 1}, (36, 17, 1), TEXT),
+    "fastv": ({"scorer": "none", "text_scorer": "fastv", "tokens": 16}, (36, 6, 2), LAST),
+    "fastv by ratio": ({"scorer": "none", "text_scorer": "fastv", "ratio": 0.5}, (36, 9, 2), LAST),
+}
+ROWS = [(3, "image", 6), (2, "image", 4, "image", 3), (5, "image", 1), (4, "image"), (7,)]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("case", WHOLE.values(), ids=WHOLE.keys())
+def test_every_row_of_a_batch_is_the_oracle_alone(case, side):
+    options, (r1, r2, k), score = case
+    model = tiny_llava(seed=7, kv_heads=2)
+    prompts = [tokens(*row, seed=i) for i, row in enumerate(ROWS)]
+    counts = [row.count("image") for row in ROWS]
+    pixels = images(sum(counts))
+    inputs = batch(prompts, pixels, side)
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    with lp_patch.applied(model, **options) as patch, torch.no_grad():
+        got = model(**inputs).logits
+    trace = patch.trace
+    for row, (ids, own) in enumerate(zip(prompts, pixels.split(counts), strict=True)):
+        if not counts[row]:
+            assert trace.tokens_per_layer[row] == [0] * LAYERS
+            continue
+        kept = kept_before(model, own, options.get("scorer", "diversity"), r1)
+        logits, at, stage2, scores = whole(model, ids, own, kept, k, r2 * counts[row], score)
+        assert trace.stage1[row].tolist() == kept
+        assert trace.stage2[row].tolist() == stage2
+        torch.testing.assert_close(got[row][inputs["attention_mask"][row].bool()][at], logits, rtol=1e-4, atol=3e-5)
+        assert trace.tokens_per_layer[row] == [len(kept)] * k + [len(stage2)] * (LAYERS - k)
+        assert trace.stage1_scores[row] is None
+        if scores is None:
+            assert trace.stage2_scores[row] is None
+        else:
+            torch.testing.assert_close(trace.stage2_scores[row].tolist(), scores, rtol=1e-4, atol=1e-6)
+    # the average over the layers is the budget, to less than a token for each of an image's later layers
+    average = options.get("tokens") or options["ratio"] * N
+    assert average <= sum(trace.tokens_per_layer[0]) / LAYERS < average + r1 / r2 + 1
+    assert f"{sum(map(len, trace.stage2))}" in str(patch.report())
+
+
+@pytest.mark.parametrize("options", [case[0] for case in WHOLE.values()], ids=WHOLE.keys())
+def test_a_batch_generates_what_its_rows_generate_alone(options):
+    model = tiny_llava(seed=8)
+    prompts, pixels = [tokens(3, "image", 5), tokens("image", 2)], images(2)
+    with lp_patch.applied(model, **options):
+        together = model.generate(**batch(prompts, pixels), max_new_tokens=5, do_sample=False)[:, -5:]
+        for row, (prompt, own) in enumerate(zip(prompts, pixels.split(1), strict=True)):
+            alone = model.generate(**batch([prompt], own), max_new_tokens=5, do_sample=False)[0, -5:]
+            assert together[row].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("options", [case[0] for case in WHOLE.values()], ids=WHOLE.keys())
+def test_removal_leaves_nothing(options):
+    model = tiny_llava(dtype=torch.float32)
+    inputs = inputs_for(model)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        before = snapshot(model)
+        with lp_patch.applied(model, **options):
+            assert snapshot(model) != before
+            model(**inputs)
+            twin = copy.deepcopy(model)
+        assert snapshot(model) == before
+        assert torch.equal(model(**inputs).logits, plain)
+        lp_patch.remove(twin)
+        assert torch.equal(twin(**inputs).logits, plain)
+
+
+@pytest.mark.parametrize("options", [case[0] for case in WHOLE.values()], ids=WHOLE.keys())
+def test_full_budget_is_untouched(options):
+    model = tiny_llava(dtype=torch.float32)
+    inputs = inputs_for(model)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        with lp_patch.applied(model, **{**options, "tokens": N, "ratio": None}) as patch:
+            assert torch.equal(model(**inputs).logits, plain)
+    assert patch.trace.tokens_per_layer == [[N] * LAYERS]
+
+
+def test_hiprune_reads_the_ninth_layer_of_clip():
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=24, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    text = LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=16, num_hidden_layers=4, num_attention_heads=2
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE))
+    tower = model.model.vision_tower
+    layers = getattr(tower, "vision_model", tower).encoder.layers
+    for feature_layer, expected in [(-2, [8, 22]), (-1, [8, 23]), (12, [4, 11]), (1, [0])]:
+        model.config.vision_feature_layer = feature_layer
+        with lp_patch.applied(model, scorer="hiprune") as patch:
+            tapped = [i for i, layer in enumerate(layers) if type(layer.self_attn.config) is not CLIPVisionConfig]
+            assert tapped == expected
+            assert sum(len(readings) for _, readings in patch._surgery.readings) == 2
+
+
+def test_two_readings_of_one_layer():
+    """A tower of which one layer is used: both of HiPrune's readings are that one's."""
+    model = tiny_llava()
+    model.config.vision_feature_layer = 1
+    with lp_patch.applied(model, scorer="hiprune", tokens=30, stage_ratio=1) as patch, torch.no_grad():
+        model(**inputs_for(model))
+    assert patch.trace.tokens_per_layer == [[30] * LAYERS]
+
+
+REFUSED = [
+    (
+        {"scorer": "none"},
+        "none.* runs 2 of 6 decoder layers on all .* so 0.2222 of .* a ratio above 0.3333, or a smaller",
+    ),
+    ({"scorer": "none", "tokens": 20, "stage_ratio": 2.0}, "stage_ratio=2.0 has no meaning with scorer='none'"),
+    ({"scorer": "none", "tokens": 20, "stage_ratio": 1}, "stage_ratio=1 has no meaning with scorer='none'"),
+    ({"scorer": "none", "tokens": 20, "diversity": 0.5}, "diversity=0.5 has no effect with scorer='none'"),
+    (
+        {"scorer": "vispruner", "diversity": 1.0},
+        "diversity=1.0 has no effect with scorer='vispruner', which has a rule",
+    ),
+    ({"text_scorer": "fastv"}, "'fastv' is a method without stage 1, got scorer='diversity': pass scorer=\"none\""),
+    ({"text_scorer": "last", "stage_ratio": 1}, "stage_ratio=1 switches stage 2 off, so text_scorer='last' has no"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=[str(options) for options, _ in REFUSED])
+def test_what_cannot_act_is_refused(options, message):
+    model = tiny_llava()
+    with pytest.raises(ConfigError, match=message):
+        lp_patch.apply(model, **options)
+    assert not lp_patch.is_applied(model)
+
+
+def test_a_budget_that_the_first_layers_use_up_is_refused_and_the_next_prompt_runs():
+    model = tiny_llava()
+    with lp_patch.applied(model, scorer="none", text_scorer="fastv", tokens=12) as patch, torch.no_grad():
+        with pytest.raises(ConfigError, match=r"a ratio above 0\.3333 \(tokens=13 for an input of 36\), or a smaller"):
+            model(**inputs_for(model))
+        model(**batch([tokens(4)], None))
+        assert patch.trace.visual_tokens == [0]
+    with lp_patch.applied(model, scorer="none", text_scorer="fastv", tokens=13) as patch, torch.no_grad():
+        model(**inputs_for(model))
+    assert patch.trace.tokens_per_layer == [[36, 36, 2, 2, 2, 2]]
+
+
+def test_no_share_for_diversity_may_be_said():
+    with lp_patch.applied(tiny_llava(), scorer="vispruner", diversity=0.0) as patch:
+        assert patch.config.diversity == 0
+
+
+@pytest.mark.parametrize("name", ["cls", "visionzip", "vispruner", "hiprune"])
+def test_towers_without_cls_are_refused(name):
+    for family in ("llava_next", "llava_onevision"):
+        with pytest.raises(
+            ConfigError, match=rf"scorer='{name}' needs a \[CLS\] .* \"diversity\", \"none\", \"random\""
+        ):
+            lp_patch.apply(tiny_family(family), scorer=name)
+    model = tiny_llava()
+    model.config.vision_feature_select_strategy = "full"
+    with pytest.raises(ConfigError, match=r"a scorer that reads \[CLS\] needs a tower whose \[CLS\] .*='full'"):
+        lp_patch.apply(model, scorer=name)
+
+
+@pre_encodes
+@pytest.mark.parametrize("name", ["visionzip", "hiprune"])
+def test_features_from_outside_fall_back_and_say_so(name):
+    model = tiny_llava()
+    inputs = inputs_for(model)
+    with torch.no_grad():
+        features = model.model.get_image_features(pixel_values=inputs.pop("pixel_values"), return_dict=True)
+        with (
+            lp_patch.applied(model, scorer=name, tokens=5) as patch,
+            pytest.warns(UserWarning, match=f'scorer="{name}" reads the vision encoder'),
+        ):
+            model(**inputs, mm_encoder_outputs={"image": features})
+    assert len(patch.trace.stage1[0]) == 9
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        (
+            Scorer("wrong", "a test", score=lambda x: x.features.norm(dim=2)[:, 1:]),
+            r"'wrong' answered \(1, 35\), \(1, 36\)",
+        ),
+        (Scorer("wrong", "a test", select=lambda x: x.features.norm(dim=2)), r"'wrong' answered \(1, 36\), \(1, 9\)"),
+        (
+            TextScorer("wrong", "a test", text_query_weights, lambda x: x.weights),
+            r"'wrong' answered \(1, 9\), \(1, 21\)",
+        ),
+    ],
+)
+def test_a_wrong_answer_is_refused(own_catalogue, strategy, message):
+    register(strategy)
+    model = tiny_llava()
+    option = {"scorer" if isinstance(strategy, Scorer) else "text_scorer": "wrong"}
+    with lp_patch.applied(model, tokens=5, **option), pytest.raises(ConfigError, match=message):
+        model(**inputs_for(model))
+
+
+@pytest.mark.parametrize(
+    ("row", "kept", "expected"),
+    [
+        ("tvvt", "++++", 3),
+        ("tvvt.", "++++-", 3),
+        ("ttvv", "++++", 3),
+        ("ttvv", "+++-", 2),
+        ("..vt", "++++", 3),
+        ("....", "++++", None),
+    ],
+)
+def test_last_query_weights(row, kept, expected):
+    rows = torch.tensor([[kind == x for kind in row] for x in "tv"])
+    got = TEXT_SCORERS["last"].weigh(rows[:1], rows[1:], torch.tensor([[x == "+" for x in kept]]))
+    assert got.dtype == torch.float32
+    assert got.tolist() == [[float(i == expected) for i in range(len(row))]]

@@ -2,45 +2,142 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ..errors import ConfigError
 from ..pruner import LearnablePruner
+from ..score import received_attention
+
+
+class Reading(NamedTuple):
+    """What a scorer wants to know of the vision encoder: the attention that each token receives, averaged over heads.
+
+    Attributes:
+        of: whose attention: "cls", or "all" for the mean over every token, [CLS] included.
+        depth: in which layer, as a share of those up to the one whose output the features are; 1 is that layer.
+    """
+
+    of: str = "cls"
+    depth: float = 1.0
 
 
 @dataclass(frozen=True)
 class Stage1Input:
-    """What a stage-1 scorer may read.
+    """What a stage-1 strategy may read.
 
     Attributes:
         features: (B, N, C), the tokens of B equally long visual inputs, as the projector would receive them.
-        keep: tokens that will be chosen by score, ``1 <= keep <= N``.
+        keep: tokens to choose, ``1 <= keep <= N``; for `Scorer.score` without the share that diversity chooses.
         seed: `PruningConfig.seed`.
-        cls_attention: (B, N) float32, attention from [CLS] to each token, for scorers that declare it.
+        attention: (B, N) float32 for each of `Scorer.reads`, in their order.
         pruner: the learned module, for the scorer "learned".
     """
 
     features: Tensor
     keep: int
     seed: int
-    cls_attention: Tensor | None = None
+    attention: tuple[Tensor, ...] = ()
     pruner: LearnablePruner | None = None
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A catalogue entry: `score` maps a `Stage1Input` to (B, N) scores; None means farthest points alone."""
+    """A stage-1 strategy. With neither `score` nor `select`, farthest points alone choose.
+
+    Attributes:
+        name: for `PruningConfig.scorer`.
+        source: its line in the catalogue: what it does, whose it is.
+        score: to (B, N) scores; the highest are kept, beside the share of R1 that `PruningConfig.diversity` gives to
+            farthest points.
+        select: to (B, keep) int64, distinct indices, for a method with a rule of its own: `diversity` does not apply,
+            and the trace has no scores.
+        reads: attention of the vision encoder; refused for families without [CLS].
+        needs_pruner: whether it needs trained weights.
+        keeps_all: no stage 1: every layer up to stage 2 runs on all tokens.
+    """
 
     name: str
     source: str
-    score: Callable[[Stage1Input], Tensor] | None
-    needs_cls_attention: bool = False
+    score: Callable[[Stage1Input], Tensor] | None = None
+    select: Callable[[Stage1Input], Tensor] | None = None
+    reads: tuple[Reading, ...] = ()
     needs_pruner: bool = False
+    keeps_all: bool = False
+
+
+@dataclass(frozen=True)
+class Stage2Input:
+    """What a stage-2 strategy may read: decoder layer k's own attention, on a sequence that stage 1 has shortened.
+
+    Attributes:
+        query: (B, H, Q, D), rotated; the Q queries are the last ones of the sequence.
+        key: (B, KV, K, D), rotated, ``K >= N``: tokens of earlier turns come first.
+        key_mask: (B, K) bool, True where a key is real; None means all are.
+        weights: (B, Q) float32, how much each query asks; rows sum to 1.
+        scaling: the layer's factor on the dot product.
+        visual: (B, N) bool, the tokens to score among the N of this prompt.
+    """
+
+    query: Tensor
+    key: Tensor
+    key_mask: Tensor | None
+    weights: Tensor
+    scaling: float
+    visual: Tensor
+
+
+def attention_received(x: Stage2Input) -> Tensor:
+    """(B, N): post-softmax attention from the weighted queries, averaged over heads."""
+    received = received_attention(x.query, x.key, x.weights, x.scaling, key_mask=x.key_mask)
+    return received[:, -x.visual.shape[1] :]
+
+
+@dataclass(frozen=True)
+class TextScorer:
+    """A stage-2 strategy.
+
+    Attributes:
+        name: for `PruningConfig.text_scorer`.
+        source: its line in the catalogue.
+        weigh: which tokens ask: (is_text, is_visual, kept), each (B, S) bool (`text_query_weights` says what they
+            are), to (B, S) weights whose rows sum to 1.
+        score: to (B, N) scores, of which those at visual tokens count; the highest are kept.
+        layer: default of `PruningConfig.layer`; None: ``round(0.375 L)``.
+        alone: a whole method without stage 1, refused beside one.
+    """
+
+    name: str
+    source: str
+    weigh: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    score: Callable[[Stage2Input], Tensor] = attention_received
+    layer: int | None = None
+    alone: bool = False
 
 
 SCORERS: dict[str, Scorer] = {}
-TEXT_SCORERS: dict[str, Callable[..., Tensor]] = {}
+TEXT_SCORERS: dict[str, TextScorer] = {}
+
+
+def register(strategy: Scorer | TextScorer) -> None:
+    """Add a strategy to the catalogue; refuses a name that is taken."""
+    if not isinstance(strategy, (Scorer, TextScorer)):
+        raise ConfigError(f"register takes a Scorer or a TextScorer, got {type(strategy).__name__}: {strategy!r}")
+    known: dict = SCORERS if isinstance(strategy, Scorer) else TEXT_SCORERS
+    if strategy.name in (*known, "auto"):
+        raise ConfigError(f"the name {strategy.name!r} is taken. Taken: auto, {', '.join(sorted(known))}")
+    if isinstance(strategy, Scorer) and strategy.score is not None and strategy.select is not None:
+        raise ConfigError(f"{strategy.name!r} brings both score and select: give one of the two")
+    known[strategy.name] = strategy
+
+
+def catalogue() -> str:
+    """All strategies with their sources, as a table to print."""
+    lines = []
+    for option, known in (("scorer", SCORERS), ("text_scorer", TEXT_SCORERS)):
+        lines += [f"{f'{option}={name!r}':<26} {known[name].source}" for name in sorted(known)]
+    return "\n".join(lines)
 
 
 def resolve_scorer(name: str, pruner: LearnablePruner | None) -> Scorer:
@@ -57,13 +154,8 @@ def resolve_scorer(name: str, pruner: LearnablePruner | None) -> Scorer:
     return scorer
 
 
-def resolve_text_scorer(name: str) -> Callable[..., Tensor]:
+def resolve_text_scorer(name: str) -> TextScorer:
     """The stage-2 strategy that `name` means."""
     if name not in TEXT_SCORERS:
         raise ConfigError(f"unknown text_scorer {name!r}. Allowed: {', '.join(sorted(TEXT_SCORERS))}")
     return TEXT_SCORERS[name]
-
-
-def register(scorer: Scorer) -> None:
-    """Add a strategy to the catalogue."""
-    SCORERS[scorer.name] = scorer

@@ -1,4 +1,4 @@
-"""What every method must beat."""
+"""What every method must beat, and no stage 1 at all."""
 
 import torch
 from torch import Tensor
@@ -22,3 +22,4 @@ def uniform(x: Stage1Input) -> Tensor:
 
 register(Scorer("random", "baseline: one seeded draw", random))
 register(Scorer("uniform", "baseline: evenly spaced in raster order", uniform))
+register(Scorer("none", "no stage 1: the layers up to stage 2 run on all tokens, and the budget pays", keeps_all=True))

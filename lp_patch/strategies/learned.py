@@ -11,4 +11,11 @@ def score(x: Stage1Input) -> Tensor:
     return x.pruner.score(x.features)
 
 
-register(Scorer("learned", "LearnPruner, section 3: keep probability of the trained module", score, needs_pruner=True))
+register(
+    Scorer(
+        "learned",
+        "LearnPruner (2604.23950), section 3: keep probability of the trained module",
+        score,
+        needs_pruner=True,
+    )
+)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .base import TEXT_SCORERS
+from .base import TextScorer, register
 
 
 def text_query_weights(is_text: Tensor, is_visual: Tensor, kept: Tensor | None = None) -> Tensor:
@@ -30,4 +30,8 @@ def text_query_weights(is_text: Tensor, is_visual: Tensor, kept: Tensor | None =
     return queries.float() / queries.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-TEXT_SCORERS["text"] = text_query_weights
+register(
+    TextScorer(
+        "text", "LearnPruner (2604.23950), section 3: attention from the text after the images", text_query_weights
+    )
+)
