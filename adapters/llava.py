@@ -13,7 +13,7 @@ def _width(config: Any) -> int:
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
 
-def _cls_attention(base: nn.Module) -> nn.Module:
+def _vision_attention(base: nn.Module) -> list[nn.Module]:
     layer, strategy = base.config.vision_feature_layer, base.config.vision_feature_select_strategy
     tower = getattr(base.vision_tower, "vision_model", base.vision_tower)
     if (
@@ -23,11 +23,12 @@ def _cls_attention(base: nn.Module) -> nn.Module:
         or not hasattr(tower.embeddings, "class_embedding")
     ):
         raise ConfigError(
-            'scorer="cls" needs a tower with a [CLS] token that is cropped from one feature layer, got '
+            "a scorer that reads [CLS] needs a tower whose [CLS] token is cropped from one feature layer, got "
             f"{type(tower).__name__} with vision_feature_layer={layer}, vision_feature_select_strategy={strategy!r}"
         )
     # hidden_states[i] is the output of encoder layer i - 1; negative i count from the end alike
-    return tower.encoder.layers[layer - 1 if layer > 0 else layer].self_attn
+    layers = list(tower.encoder.layers)
+    return [x.self_attn for x in layers[: layer if layer > 0 else len(layers) + 1 + layer]]
 
 
 ADAPTER = Adapter(
@@ -35,5 +36,5 @@ ADAPTER = Adapter(
     family="LLaVA",
     projector="multi_modal_projector",
     width=_width,
-    cls_attention=_cls_attention,
+    vision_attention=_vision_attention,
 )

@@ -20,17 +20,18 @@ def _width(config: Any) -> int:
     return config.mm_hidden_size
 
 
-def _cls_attention(base: Any) -> nn.Module:
+def _vision_attention(base: Any) -> list[nn.Module]:
     tower = base.get_vision_tower()
     layer, selected = tower.select_layer, tower.select_feature
     if selected != "patch" or layer == 0:
         raise ConfigError(
-            'scorer="cls" needs a [CLS] token that is cropped from a layer of the tower, got '
+            "a scorer that reads [CLS] needs a tower whose [CLS] token is cropped from a layer, got "
             f"mm_vision_select_feature={selected!r}, mm_vision_select_layer={layer}"
         )
     encoder = getattr(tower.vision_tower, "vision_model", tower.vision_tower).encoder
     # hidden_states[i] is the output of encoder layer i - 1; negative i count from the end alike
-    return encoder.layers[layer - 1 if layer > 0 else layer].self_attn
+    layers = list(encoder.layers)
+    return [x.self_attn for x in layers[: layer if layer > 0 else len(layers) + 1 + layer]]
 
 
 ADAPTER = Adapter(
@@ -40,7 +41,7 @@ ADAPTER = Adapter(
     merge="prepare_inputs_labels_for_multimodal",
     projector="model.mm_projector",
     width=_width,
-    cls_attention=_cls_attention,
+    vision_attention=_vision_attention,
     language_model="model",
     layers="model.layers",
     rotary="model.rotary_emb",

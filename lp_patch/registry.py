@@ -74,8 +74,9 @@ class Adapter:
         split: (ids (S,), positions (n,) of one feature's tokens) of a row -> how many of them each image has, in order;
             where the encoder returns a row's images as one feature. None: a feature is an image.
         first_cut: from the model's config, how many decoder layers must run before stage 2 may cut; None: one.
-        cls_attention: from the merging module, the attention module whose [CLS] query ranks the features; None where
-            the family has no [CLS] that ranks the projector's input one to one.
+        vision_attention: from the merging module, the attention modules of the vision layers up to the one whose output
+            the features are, in order; None where the family has no [CLS], first of its tokens and cut off, whose
+            other tokens are the projector's input one to one.
         language_model: module that runs the decoder layers and returns `last_hidden_state`.
         layers: the decoder layers, in order.
         attention: path from a decoder layer to its attention module.
@@ -92,7 +93,7 @@ class Adapter:
     merge_adjacent: bool | tuple[str, ...] = False
     split: Callable[[Tensor, Tensor], list[int]] | None = None
     first_cut: Callable[[Any], int] | None = None
-    cls_attention: Callable[[Any], nn.Module] | None = None
+    vision_attention: Callable[[Any], list[nn.Module]] | None = None
     language_model: str = "language_model"
     layers: str = "language_model.layers"
     attention: str = "self_attn"
