@@ -6,14 +6,26 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+import lp_patch
+from lp_patch import strategies
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import evaluate
+import retention
+from retention import ALONE, TEXT, Cell, base
+
 QUESTIONS = EXAMPLES / "testbed" / "demo.json"
 
 
@@ -134,3 +146,162 @@ def test_benchmark_profile_accounts_for_the_patch(tmp_path: Path) -> None:
     for part in ("selection", "scoring", "patch, before_layer"):
         assert patched[part] > 0
         assert unpatched[part] == 0
+
+
+def pruner(folder: Path, seed: int) -> Path:
+    """Stage-1 weights of the testbed model's width, untrained."""
+    torch.manual_seed(seed)
+    lp_patch.LearnablePruner(192, 16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def testbed(tmp_path_factory: pytest.TempPathFactory) -> evaluate.Testbed:
+    weights = {"seed0": pruner(tmp_path_factory.mktemp("pruner"), 0)}
+    return evaluate.Testbed(retention.TESTBED / "model", weights, ("seen_styles",), limit=2)
+
+
+@pytest.fixture(scope="module")
+def plain() -> LlavaForConditionalGeneration:
+    return LlavaForConditionalGeneration.from_pretrained(retention.TESTBED / "model", dtype=torch.float32).eval()
+
+
+def cells() -> list[Cell]:
+    """Every strategy once, at 32 tokens where that is possible."""
+    found = [x for x in evaluate.main_group([base("learned", "seed0")]) if x.scorer not in (*retention.BLIND, "oracle")]
+    by_text = {x.text_scorer: x for x in found if x.scorer == retention.NO_STAGE_1 and x.tokens == 128}
+    by_scorer = [x for x in found if x.tokens == 32 and replace(x, **ALONE) == x]
+    chosen = [replace(x, **(TEXT if number % 2 else ALONE)) for number, x in enumerate(by_scorer)]
+    return [Cell("full"), *chosen, *by_text.values()]
+
+
+@pytest.mark.parametrize("cell", cells(), ids=lambda cell: f"{cell.method}-{cell.tokens}")
+@torch.no_grad()
+def test_evaluation_equals_the_plain_path(
+    cell: Cell, testbed: evaluate.Testbed, plain: LlavaForConditionalGeneration
+) -> None:
+    """Remembered pictures that share stage 1: the answers and the tokens kept of one ordinary generate()."""
+    texts, trace = testbed.answer(cell, "seen_styles", 0)
+    processor = AutoProcessor.from_pretrained(retention.TESTBED / "model")
+    asked = testbed.batches["seen_styles"][0].asked
+    pictures = [Image.open(retention.TESTBED / "evaluation" / "pictures" / x["picture"]).convert("RGB") for x in asked]
+    prompts = [f"USER: <image>\n{x['question']} ASSISTANT:" for x in asked]
+    inputs = processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
+    given = evaluate.options(cell)
+    if cell.pruner:
+        given["pruner"] = testbed.pruners[cell.pruner]
+    patch = lp_patch.apply(plain, **given) if given else None
+    try:
+        output = plain.generate(**inputs, max_new_tokens=3, do_sample=False)
+        want = patch.trace if patch else None
+    finally:
+        lp_patch.remove(plain)
+    new = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert texts == [text.strip() for text in new]
+    if want is not None:
+        for name in ("stage1", "stage2"):
+            assert [x.tolist() for x in getattr(trace, name)] == [x.tolist() for x in getattr(want, name)]
+
+
+def test_evaluation_without_stage_1_keeps_to_the_budget(testbed: evaluate.Testbed) -> None:
+    found = [x for x in evaluate.main_group([]) if x.scorer == retention.NO_STAGE_1]
+    assert {(x.text_scorer, x.tokens) for x in found} == {(x, t) for x in strategies.TEXT_SCORERS for t in (192, 128)}
+    row = testbed.measure(found[-1], "seen_styles")
+    assert row["foreground_recall"] == 1
+    assert found[-1].tokens <= row["average"] < found[-1].tokens + 1
+
+
+def test_every_cell_of_the_evaluation_is_a_valid_configuration() -> None:
+    for group in evaluate.GROUPS.values():
+        for cell in group([base("learned", "seed0")]):
+            given = {name: value for name, value in evaluate.options(cell).items() if name != "pruner"}
+            if given:
+                lp_patch.PruningConfig(**given)
+                assert given["scorer"] in (*strategies.SCORERS, "oracle")
+
+
+@pytest.fixture(scope="module")
+def evaluation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("evaluation")
+    for seed in (0, 1):
+        pruner(path / f"seed{seed}", seed)
+    return path
+
+
+def run_evaluation(folder: Path) -> str:
+    """The ladder at 8 tokens on one picture, with two pruners."""
+    pruners = [f"seed{seed}={folder / f'seed{seed}'}" for seed in (0, 1)]
+    few = ("--groups", "ladder", "--budgets", 8, "--limit", 1, "--splits", "seen_styles", "--pruners", *pruners)
+    return run("evaluate.py", *few, "--output", folder / "evaluation.csv")
+
+
+def test_evaluation_resumes(evaluation: Path) -> None:
+    assert "6 cells, 6 to measure" in run_evaluation(evaluation)
+    first = read(evaluation / "evaluation.csv")
+    assert [row["scorer"] for row in first] == ["full", "cls", *["learned"] * 4]
+    for row in first:
+        answers = retention.bits(row)
+        assert len(answers) == int(row["n"])
+        assert answers.sum() == int(row["correct"])
+        assert float(row["accuracy"]) == pytest.approx(answers.mean(), abs=1e-4)
+        assert float(row["low"]) <= float(row["accuracy"]) <= float(row["high"])
+        assert float(row["relative"]) == pytest.approx(int(row["correct"]) / int(first[0]["correct"]), abs=1e-4)
+        assert all(row[x] for x in ("device", "torch", "transformers", "lp_patch", "model_sha256", "date", "command"))
+        assert bool(row["pruner_sha256"]) == (row["scorer"] == "learned")
+    # other weights under an old label: only their cells are measured, and take the place of the old ones
+    pruner(evaluation / "seed1", 2)
+    output = run_evaluation(evaluation)
+    assert "6 cells, 2 to measure" in output
+    second = read(evaluation / "evaluation.csv")
+    changed = {row["pruner"] for row, before in zip(second, first, strict=True) if row != before}
+    assert changed == {"seed1"}
+    assert "| learned |" in output
+    assert "[" in next(line for line in output.splitlines() if line.startswith("| learned |"))
+    check_figure(evaluation / "evaluation.png")
+
+
+def test_evaluation_refuses_what_would_mislead(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    for arguments, message in (
+        (["--limit", "1"], "--limit needs --output"),
+        (["--groups", "training"], "has no cell here"),
+        (["--pruners", "seed0=nowhere"], "is not LABEL=FOLDER"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+        with pytest.raises(SystemExit) as caught:
+            evaluate.main()
+        assert message in f"{caught.value} {capsys.readouterr().err}"
+
+
+def test_intervals_of_the_evaluation() -> None:
+    generator = np.random.default_rng(0)
+    full = (generator.random(1030) < 0.9).astype(np.float32)
+    correct = full * (generator.random(1030) < 0.8)
+    assert retention.relative(full, full) == (1, 1, 1)
+    share, low, high = retention.relative(correct, full)
+    assert share == pytest.approx(correct.sum() / full.sum())
+    # the delta method for a ratio of paired means
+    deviation = (correct - share * full).std() / full.mean() / math.sqrt(1030)
+    assert (low, high) == pytest.approx((share - 1.96 * deviation, share + 1.96 * deviation), abs=2e-3)
+    gap, low, high = retention.difference(correct, full)
+    deviation = (correct - full).std() / math.sqrt(1030)
+    assert (low, high) == pytest.approx((gap - 1.96 * deviation, gap + 1.96 * deviation), abs=2e-3)
+    assert retention.wilson(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
+    assert retention.wilson(0, 10) == pytest.approx((0, 0.2775), abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 8, 1030])
+def test_answers_survive_the_file(n: int) -> None:
+    correct = [bool(x) for x in np.random.default_rng(n).integers(0, 2, n)]
+    assert retention.bits({"n": str(n), "answers": retention.to_hex(correct)}).tolist() == correct
+
+
+def test_seeds_are_one_family() -> None:
+    for label, family in (("seed0", "learned"), ("kl-seed12", "kl"), ("share5_seed1", "share5"), ("odd", "odd")):
+        assert base("learned", label).family == base("learned", family)
+
+
+@pytest.mark.parametrize("readme", retention.READMES, ids=lambda path: path.parent.name)
+def test_tables_of_the_evaluation_are_those_of_the_file(readme: Path) -> None:
+    results = retention.Results(retention.load(retention.RESULTS))
+    assert retention.filled(readme.read_text(), results) == readme.read_text(), "run examples/evaluate.py --tables"
+    assert "| diversity |" in retention.readme_table(results)
