@@ -21,7 +21,7 @@ from .errors import UnsupportedModelError
 TAP_NAME = "lp_patch_tap"
 REPLACED_NAME = "lp_patch_replaced"
 
-Observer = Callable[[Tensor, Tensor, float], None]
+Observer = Callable[[Tensor, Tensor, Tensor, float], Any]
 
 
 class TappedConfig:
@@ -47,14 +47,14 @@ class TappedConfig:
 
 
 @torch.compiler.disable
-def _tapped_attention(module: Any, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The registered attention function: show query (B, H, Q, D) and key (B, KV, K, D), then call the real one."""
+def _tapped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The registered attention function: show query (B, H, Q, D), key and value (B, KV, K, D), call the real one."""
     config = module.config
     scaling = kwargs.get("scaling")
-    config._observer(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    config._observer(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     name = config._tapped._attn_implementation
     attention = _eager_attention(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-    return attention(module, query, key, *args, **kwargs)
+    return attention(module, query, key, value, *args, **kwargs)
 
 
 def _eager_attention(module: nn.Module) -> Callable:
@@ -92,8 +92,18 @@ def check_tappable(attention: nn.Module, path: str) -> None:
         )
 
 
+def check_rotary(attention: nn.Module, path: str) -> None:
+    """Refuse a rotary embedding that does not pair the first half of a head with the second, as Llama's does."""
+    rotate_half = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
+    if rotate_half is None or rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
+        raise UnsupportedModelError(
+            f"{path} ({type(attention).__name__}) rotates queries and keys in its own way, which cannot be undone: "
+            "use another text_scorer"
+        )
+
+
 def install_tap(attention: Any, observer: Observer) -> Callable[[], None]:
-    """Show `observer` every (query, key, scaling) of this module; returns what undoes it."""
+    """Show `observer` every (query, key, value, scaling) of this module; returns what undoes it."""
     AttentionInterface.register(TAP_NAME, _tapped_attention)
     attention.config = TappedConfig(attention.config, observer)
     return partial(_remove_tap, attention)

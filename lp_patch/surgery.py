@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from . import cache as kv
-from .attention import check_tappable, install_tap
+from .attention import check_rotary, check_tappable, install_tap
 from .budget import StageBudget, default_layer, inside_budget, stage_budget
 from .compat import PREFILL_METHODS, causal_mask, uncounted
 from .config import PruningConfig
@@ -99,6 +99,7 @@ class Run:
     rotary_ids: Tensor | None = None
     shift: Tensor | None = None
     query_weights: Tensor | None = None
+    rotary: tuple[Tensor, ...] = ()
     text_scores: Tensor | None = None
 
 
@@ -188,6 +189,10 @@ class Surgery(Vision):
             raise ConfigError(
                 f"stage_ratio=1 switches stage 2 off, so text_scorer={config.text_scorer!r} has no effect: drop one"
             )
+        if text_scorer.unrotates:
+            check_rotary(
+                self.parts.attention[self.shape.layer - 1], f"the attention of decoder layer {self.shape.layer}"
+            )
         if scorer.keeps_all and config.ratio is not None:
             self.budget(1)  # refuses what is too small for any input
 
@@ -244,7 +249,9 @@ class Surgery(Vision):
 
     # ------------------------------------------------------------------ stage 1
 
-    def observe_vision(self, readings: tuple[Reading, ...], query: Tensor, key: Tensor, scaling: float) -> None:
+    def observe_vision(
+        self, readings: tuple[Reading, ...], query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> None:
         """A vision layer's query and key (B, H, 1 + N, D), [CLS] first: what the scorer reads there, (B, N) each."""
         encoding = self._shown().encoding
         if encoding is None:
@@ -547,8 +554,8 @@ class Surgery(Vision):
             return (args[0], ids, *args[2:]), kwargs
         return args, {**kwargs, "position_ids": ids}
 
-    def observe_text(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        """Layer k's rotated query (B, H, N, D) and key (B, KV, P + N, D): scores of its N tokens for stage 2."""
+    def observe_text(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """Layer k's rotated query (B, H, N, D) and key, and value (B, KV, P + N, D): scores of its N tokens."""
         run = self._run()
         # once per forward: gradient checkpointing runs the layer again
         if run.plan is None or run.text_scores is not None or run.plan.stage2 == run.plan.survivors:
@@ -558,10 +565,13 @@ class Surgery(Vision):
         given = Stage2Input(
             query=query[:, :, query.shape[2] - weights.shape[1] :],
             key=key[:, :, : view.keys],
+            value=value[:, :, : view.keys],
             key_mask=None if view.valid is None else view.valid.to(key.device),
             weights=weights,
             scaling=scaling,
             visual=run.stages[-1].visual.to(key.device),
+            keep=max(run.plan.stage2),
+            rotary=run.rotary,
         )
         with torch.no_grad():
             run.text_scores = self.text_scorer.score(given).float()
@@ -576,6 +586,8 @@ class Surgery(Vision):
         hidden, cache = args[0], kwargs.get("past_key_values")
         # decided once: before 5.18 gradient checkpointing calls a layer's hooks again in the backward pass
         if len(run.layer_views) == index:
+            if index == self.shape.layer - 1:
+                run.rotary = kwargs.get("position_embeddings", ())
             if run.plan is not None:
                 for keep, counts in self._cuts_before(run, run.plan, index):
                     cut = self._cut(run, index, keep, counts, run.stages[-1].visual)

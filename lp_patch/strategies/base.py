@@ -4,9 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, UnsupportedInputError
 from ..pruner import LearnablePruner
 from ..score import received_attention
 
@@ -74,18 +75,38 @@ class Stage2Input:
     Attributes:
         query: (B, H, Q, D), rotated; the Q queries are the last ones of the sequence.
         key: (B, KV, K, D), rotated, ``K >= N``: tokens of earlier turns come first.
+        value: (B, KV, K, D).
         key_mask: (B, K) bool, True where a key is real; None means all are.
         weights: (B, Q) float32, how much each query asks; rows sum to 1.
         scaling: the layer's factor on the dot product.
         visual: (B, N) bool, the tokens to score among the N of this prompt.
+        keep: the most tokens that a row keeps.
+        rotary: cos and sin, (B or 1, N, D) each, by which the N tokens were rotated.
     """
 
     query: Tensor
     key: Tensor
+    value: Tensor
     key_mask: Tensor | None
     weights: Tensor
     scaling: float
     visual: Tensor
+    keep: int
+    rotary: tuple[Tensor, ...]
+
+    def unrotated(self, x: Tensor) -> Tensor:
+        """Queries or keys of the last T tokens (B, H, T, D) as they were before their rotation, in float32."""
+        length, dim = x.shape[2:]
+        if len(self.rotary) != 2 or any(part.dim() != 3 or part.shape[2] != dim for part in self.rotary):
+            raise UnsupportedInputError(
+                f"this text_scorer undoes the rotary embedding, and needs it as (batch, tokens, {dim}), got "
+                f"{[tuple(part.shape) for part in self.rotary]}: use another text_scorer, or a newer transformers"
+            )
+        cos, sin = (part[:, None, -length:].to(x.device).float() for part in self.rotary)
+        first, second = x.float().chunk(2, dim=3)
+        turned = torch.cat([-second, first], dim=3)
+        # some rotations scale as well
+        return (x.float() * cos - turned * sin) / (cos**2 + sin**2)
 
 
 def attention_received(x: Stage2Input) -> Tensor:
@@ -106,14 +127,16 @@ class TextScorer:
         score: to (B, N) scores, of which those at visual tokens count; the highest are kept.
         layer: default of `PruningConfig.layer`; None: ``round(0.375 L)``.
         alone: a whole method without stage 1, refused beside one.
+        unrotates: it undoes the rotary embedding; refused where that is not Llama's.
     """
 
     name: str
     source: str
-    weigh: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    weigh: Callable[[Tensor, Tensor, Tensor], Tensor]
     score: Callable[[Stage2Input], Tensor] = attention_received
     layer: int | None = None
     alone: bool = False
+    unrotates: bool = False
 
 
 SCORERS: dict[str, Scorer] = {}
