@@ -41,9 +41,9 @@ DIVERSITIES = (0.0, 0.1, 0.2, 0.5, 1.0)
 DRAWS = 10_000
 LEGEND = textwrap.fill(
     "Cells: accuracy in % / share of the accuracy with all tokens in % (its 95 % interval: bootstrap over the "
-    "questions, which all methods share, 10,000 draws; the weights stay as they are) [lowest to highest accuracy of the "
-    "seeds of training; the numbers before are of the mean over these seeds]. A cell without an interval is from before "
-    "single answers were kept; a dash was not measured.",
+    "questions, which all methods share, 10,000 draws; the weights stay as they are) [lowest to highest accuracy of "
+    "the seeds of training; the numbers before are of the mean over these seeds]. A cell without an interval is from "
+    "before single answers were kept; a dash was not measured.",
     120,
 )
 
