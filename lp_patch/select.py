@@ -57,6 +57,33 @@ def farthest_points(features: Tensor, seeds: Tensor, count: int) -> Tensor:
     return torch.stack(chosen, dim=1)
 
 
+def covering_points(features: Tensor, scores: Tensor, count: int) -> Tensor:
+    """Choose `count` tokens one by one, each the best by its score times how little it resembles those chosen (ours).
+
+    ``argmax_i scores_i * (1 - max(0, largest cosine of i to the chosen))``: a second look at the same thing is worth
+    less than a first look at another. Ties go to the lowest index. Time O(count N C), extra memory O(N).
+
+    Args:
+        features: (B, N, C), any float dtype; similarities are computed in float32.
+        scores: (B, N) float, >= 0.
+        count: ``1 <= count <= N``.
+
+    Returns:
+        (B, count) int64, distinct, in the order they were chosen.
+    """
+    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    nearest = torch.zeros_like(scores, dtype=torch.float32)
+    taken = torch.zeros_like(scores, dtype=torch.bool)
+    chosen: list[Tensor] = []
+    for _ in range(count):
+        worth = scores.float() * (1 - nearest).clamp(min=0)
+        chosen.append(worth.masked_fill(taken, -1.0).argmax(dim=1, keepdim=True))
+        taken.scatter_(1, chosen[-1], True)
+        similarity = torch.bmm(unit, take(unit, chosen[-1]).transpose(1, 2)).squeeze(2)
+        nearest = torch.maximum(nearest, similarity)
+    return torch.cat(chosen, dim=1)
+
+
 def _isolated(unit: Tensor, table: Tensor | None, rows: int) -> Tensor:
     """The token whose most similar other is least similar, `rows` at a time: (B, N, C) -> (B, 1)."""
     largest = []

@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lp_patch import select
-from lp_patch.select import compact_index, farthest_points, restore_index, select_tokens, take, top_indices, top_mask
+from lp_patch.select import (
+    compact_index,
+    covering_points,
+    farthest_points,
+    restore_index,
+    select_tokens,
+    take,
+    top_indices,
+    top_mask,
+)
 
 settings.register_profile("steady", deadline=None, derandomize=True)  # a loaded machine is no failure
 settings.load_profile("steady")
@@ -264,3 +273,39 @@ def test_what_is_compacted_comes_back(case):
     values = torch.arange(keep.numel()).view(keep.shape)
     back = take(take(values, compact_index(keep, length)), restore_index(keep, length))
     assert back[keep].equal(values[keep])
+
+
+# ------------------------------------------------------------------ covering
+
+
+def covering(features, scores, count):
+    """One sample, token by token: (N, C), (N,) -> indices in the order they are chosen."""
+    unit = [x / x.norm() for x in features.double()]
+    chosen = []
+    for _ in range(count):
+        worth = {}
+        for i, score in enumerate(scores.double().tolist()):
+            if i not in chosen:
+                nearest = max([0.0, *(float(unit[i] @ unit[j]) for j in chosen)])
+                worth[i] = score * max(0.0, 1 - nearest)
+        chosen.append(max(worth, key=lambda i: (worth[i], -i)))
+    return chosen
+
+
+@given(
+    batch=st.integers(1, 3), n_tokens=st.integers(1, 12), width=st.integers(2, 5), count=st.integers(1, 12),
+    seed=st.integers(0, 1 << 20),
+)  # fmt: skip
+def test_covering_takes_the_best_that_is_new(batch, n_tokens, width, count, seed):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(batch, n_tokens, width, generator=generator)
+    scores = torch.rand(batch, n_tokens, generator=generator)
+    count = min(count, n_tokens)
+    got = covering_points(features, scores, count)
+    assert got.tolist() == [covering(x, s, count) for x, s in zip(features, scores, strict=True)]
+
+
+def test_covering_never_takes_a_token_twice():
+    same = torch.ones(2, 6, 3)
+    assert covering_points(same, torch.ones(2, 6), 6).sort(dim=1).values.tolist() == [list(range(6))] * 2
+    assert covering_points(same, torch.zeros(2, 6), 6).sort(dim=1).values.tolist() == [list(range(6))] * 2
