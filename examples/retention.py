@@ -236,7 +236,8 @@ class Results:
         starts = [base(x.scorer, x.pruner) for x in cells if x.scorer not in ("full", NO_STAGE_1, ORACLE, *BLIND)]
         self.methods = [x for x in dict.fromkeys(starts) if x.pruner in (None, "learned")]
         self.variants = [x for x in dict.fromkeys(starts) if x.pruner not in (None, "learned")]
-        self.text_scorers = list(dict.fromkeys(x.text_scorer for x in cells if x.text_scorer))
+        beside = [x.text_scorer for x in cells if x.text_scorer and x.scorer != NO_STAGE_1]
+        self.text_scorers = list(dict.fromkeys(beside))
         self.in_llm = list(dict.fromkeys(replace(x, tokens=576) for x in cells if x.scorer == NO_STAGE_1))
 
     def mean(self, split: str, cell: Cell, column: str = "accuracy") -> float | None:

@@ -300,6 +300,42 @@ def test_seeds_are_one_family() -> None:
         assert base("learned", label).family == base("learned", family)
 
 
+def test_every_group_of_the_evaluation_has_its_table(tmp_path: Path) -> None:
+    learned = [base("learned", label) for label in ("seed0", "seed1", "x-seed0")]
+    cells = {cell for group in evaluate.GROUPS.values() for cell in group(learned)} | {Cell("full")}
+    drawn = np.random.default_rng(0).random(1030)
+    rows = []
+    for cell in cells:
+        correct = [bool(x) for x in drawn < 0.5 + 0.4 * min(1, cell.tokens / 192)]
+        row = {**dict.fromkeys((*retention.TYPES, "accuracy", "low", "high"), str(np.mean(correct))), "n": "1030"}
+        own = {"split": "seen_styles", "answers": retention.to_hex(correct), "average": str(cell.tokens)}
+        own |= {name: "" if value is None else str(value) for name, value in vars(cell).items()}
+        rows.append({**dict.fromkeys(retention.COLUMNS, ""), **row, **own})
+    retention.complete(rows)
+    results = retention.Results(rows)
+    text = retention.testbed_tables(results)
+    for title in (
+        "no picture",
+        "Accuracy",
+        "Differences",
+        "(k)",
+        "R1 : R2",
+        "Share of diversity",
+        "Who asks",
+        "Ways of",
+    ):
+        assert any(line.startswith("###") and title in line for line in text.splitlines()), title
+    assert "nan" not in text
+    # two seeds of the paper's pruner are one line, the variant is another
+    assert text.count("| learned, 64 |") >= 6
+    assert "| seed0" not in text
+    assert "| x | " in text
+    # equal answers at 192 tokens: nothing lost against the full model, and no doubt about it
+    assert results.text("seen_styles", replace(base("cls"), tokens=192)).endswith(" / 100.0 (100.0–100.0)")
+    retention.plot(results, tmp_path / "plot.png")
+    check_figure(tmp_path / "plot.png")
+
+
 @pytest.mark.parametrize("readme", retention.READMES, ids=lambda path: path.parent.name)
 def test_tables_of_the_evaluation_are_those_of_the_file(readme: Path) -> None:
     results = retention.Results(retention.load(retention.RESULTS))
