@@ -220,7 +220,9 @@ def test_the_teacher_has_no_lora():
 
 
 def test_what_is_refused():
-    model = tiny_llava(seed=0)
+    with pytest.raises(ConfigError, match="freeze"):
+        GatedModel(tiny_llava(seed=0))
+    model = tiny_llava(seed=0).requires_grad_(False)
     with pytest.raises(ConfigError, match="objective"):
         GatedModel(model, objective="kd")
     with pytest.raises(ConfigError, match="tau"):

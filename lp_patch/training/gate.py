@@ -124,17 +124,17 @@ class GatedModel(nn.Module):
     ``loss = task + weight * (kept - tau) ** 2``, kept being the share of the batch's visual tokens that stay open.
     The task is "ntp", next-token prediction of the labels (LearnPruner, section 3), or "distill" (ours): the
     divergence from what the same model says with all its visual tokens, at the labels' positions or, without labels,
-    at all text after the last image. Parameters that require gradients when this is built (LoRA's) stay trainable.
+    at all text after the last image.
 
     Args:
-        model: a supported model, unpatched, also inside PEFT.
+        model: a supported model, unpatched, with all parameters frozen; or inside PEFT, whose parameters then train too.
         pruner: of the model's width, or None for a new one.
         objective: "ntp" or "distill".
         weight: of the budget term.
         tau: the share of tokens to keep that costs nothing.
 
     Raises:
-        ConfigError: an option out of range, or the model is patched.
+        ConfigError: an option out of range, a model that is patched, or one that is not frozen.
         UnsupportedModelError: no adapter fits.
         PrunerError: the pruner reads another width.
     """
@@ -155,6 +155,8 @@ class GatedModel(nn.Module):
             raise ConfigError(f'objective must be "ntp" or "distill", got {objective!r}')
         if not 0 <= tau <= 1 or weight < 0:
             raise ConfigError(f"tau must lie in [0, 1] and weight be >= 0, got tau={tau!r}, weight={weight!r}")
+        if not hasattr(model, "peft_config") and any(parameter.requires_grad for parameter in model.parameters()):
+            raise ConfigError("the base model would train as well: freeze it with model.requires_grad_(False)")
         parts = find_parts(model)
         self.model = model
         self.pruner = resolve_pruner(pruner, parts.width, parts.model.config) or new_pruner(parts.width)
