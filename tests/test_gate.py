@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, make
 from masked import masked_logits, merged
 from test_lifecycle import snapshot
 from tiny import WIDTH, N, batch, images, tiny_llava, tokens
@@ -59,9 +59,8 @@ def leftovers(model):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_hard_gate_gives_what_removal_gives(family, attention):
-    make, scene_of = FAMILIES[family]
-    model = make(dtype=torch.float64, attention=attention).requires_grad_(False)
-    scene = scene_of(model)
+    model, scene = make(family, attention=attention)
+    model.requires_grad_(False)
     oracle, given, visual, seen = looked_at(model, scene)
     pruner = halving(seen[0][0].shape[-1])
     gone = torch.zeros(given["input_ids"].shape, dtype=torch.bool)
