@@ -67,7 +67,7 @@ PICTURES = 8  # encoded and asked about at once; "random" draws anew for each ba
 def main_group(learned: list[Cell]) -> list[Cell]:
     """Every strategy of the catalogue and every pruner, alone and with text; what bounds them; no stage 1 at all."""
     names = [x.name for x in strategies.SCORERS.values() if not (x.needs_pruner or x.keeps_all or x.name == ORACLE)]
-    starts = [*map(base, names), *learned]
+    starts = [*map(base, names), *trained(learned)]
     cells = [replace(x, tokens=t, **mode) for x in starts for t in BUDGETS for mode in (ALONE, TEXT)]
     cells += [replace(base(ORACLE), tokens=t) for t in BUDGETS] + [Cell(name) for name in BLIND]
     # after one whole layer, the earliest cut; that layer costs an average of 96 tokens, and the budget must exceed it
@@ -83,7 +83,13 @@ def ladder(learned: list[Cell]) -> list[Cell]:
 
 def training(learned: list[Cell]) -> list[Cell]:
     """Pruners of other data and objectives."""
-    return [replace(x, tokens=t, **m) for x in learned for t in (64, 32, 16) for m in (ALONE, TEXT)]
+    return [replace(x, tokens=t, **mode) for x in trained(learned) for t in (64, 32, 16) for mode in (ALONE, TEXT)]
+
+
+def trained(learned: list[Cell]) -> list[Cell]:
+    """The pruners under every strategy that reads one."""
+    names = [x.name for x in strategies.SCORERS.values() if x.needs_pruner]
+    return [base(name, x.pruner) for name in names for x in learned]
 
 
 def sweep(settings: list[dict], extra: str) -> Callable[[list[Cell]], list[Cell]]:

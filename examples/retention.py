@@ -36,7 +36,7 @@ NO_STAGE_1 = "none"  # the library's name for it
 ALONE = {"stage_ratio": 1.0, "layer": None, "text_scorer": None}
 TEXT = {"stage_ratio": 3.0, "layer": 2, "text_scorer": "text"}  # the library's defaults on six decoder layers
 MODES = ((ALONE, "stage 1 alone"), (TEXT, "stage 1 + text"))
-ORDER = ("random", "uniform", "cls", "diversity", "vispruner", "visionzip", "hiprune", "learned")
+ORDER = ("random", "uniform", "cls", "diversity", "vispruner", "visionzip", "hiprune", "covering", "learned")
 DIVERSITIES = (0.0, 0.1, 0.2, 0.5, 1.0)
 DRAWS = 10_000
 LEGEND = textwrap.fill(
@@ -54,7 +54,7 @@ class Cell:
 
     Attributes:
         scorer: of the library's catalogue; or "full", a blind input, or "none" (no stage 1).
-        pruner: label of the trained weights, for the scorer "learned".
+        pruner: label of the trained weights, for scorers that read them.
         stage_ratio: 1 is stage 1 alone; None without a stage 1.
         diversity: None where the scorer has no use for it.
     """
@@ -79,7 +79,9 @@ class Cell:
         """What a table calls it."""
         if self.scorer == NO_STAGE_1:
             return f"{self.text_scorer}, no stage 1"
-        return self.pruner or self.scorer
+        if self.scorer == "learned":
+            return self.pruner or self.scorer
+        return f"{self.scorer}, {self.pruner}" if self.pruner not in (None, "learned") else self.scorer
 
     @property
     def family(self) -> Cell:
@@ -319,7 +321,7 @@ def testbed_tables(results: Results) -> str:
         lines += headed(f"{title}, seen styles", grid("method, tokens", [name for name, _ in settings], found))
     variants = [base("learned", "learned"), *results.variants] if results.variants else []
     for mode, title in MODES:
-        found = [(x.pruner, [results.text(seen, replace(x, tokens=t, **mode)) for t in (64, 32, 16)]) for x in variants]
+        found = [(x.method, [results.text(seen, replace(x, tokens=t, **mode)) for t in (64, 32, 16)]) for x in variants]
         lines += headed(f"Ways of training, seen styles, {title}", grid("pruner", (64, 32, 16), found))
     return "\n".join(lines).rstrip()
 
@@ -396,20 +398,24 @@ def readme_table(results: Results) -> str:
 
 # ---------------------------------------------------------------------- plot
 
-COLOURS = dict(
-    zip(
-        ORDER,
-        ("0.55", "0.75", "tab:orange", "tab:blue", "tab:green", "tab:cyan", "tab:purple", "tab:red"),
-        strict=True,
-    )
-)
+# visionzip is cls without a share of diversity, which the plain cls has not either: one line for both
+LINES = {
+    "random": ("random", "0.55"),
+    "uniform": ("uniform", "0.75"),
+    "cls": ("cls, visionzip", "tab:orange"),
+    "diversity": ("diversity", "tab:blue"),
+    "vispruner": ("vispruner", "tab:green"),
+    "hiprune": ("hiprune", "tab:purple"),
+    "covering": ("covering", "tab:brown"),
+    "learned": ("learned", "tab:red"),
+}
 
 
 def plot(results: Results, path: Path) -> None:
     """Relative accuracy against the average number of tokens, seen styles, with 95 % intervals."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
     for panel, (mode, title) in zip(panels, MODES, strict=True):
-        for number, start in enumerate(x for x in results.methods if x.method in ORDER):
+        for number, start in enumerate(x for x in results.methods if x.method in LINES):
             cells = [replace(start, tokens=t, **mode) for t in BUDGETS]
             found = [(x, results.mean(SPLITS[0], x)) for x in cells]
             # a row from before answers were kept is a point without a bar
@@ -426,16 +432,10 @@ def plot(results: Results, path: Path) -> None:
             y, low, high = 100 * np.array([y for _, y in found]).T
             # the whole method, with and without training
             strong = mode is TEXT and start.method in ("learned", "diversity")
+            label, color = LINES[start.method]
             style = {"linewidth": 3 if strong else 1.2, "elinewidth": 1, "markersize": 6 if strong else 3.5}
-            panel.errorbar(
-                x,
-                y,
-                np.maximum((y - low, high - y), 0),
-                marker="o",
-                color=COLOURS[start.method],
-                label=start.method,
-                **style,
-            )
+            bars = np.maximum((y - low, high - y), 0)
+            panel.errorbar(x, y, bars, marker="o", color=color, label=label, **style)
         panel.axhline(100, color="0.3", linewidth=0.8, linestyle=":")
         panel.set(title=title, xscale="log", xlabel="average number of visual tokens, of 576")
         panel.set_xticks(BUDGETS, BUDGETS)

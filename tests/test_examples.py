@@ -175,7 +175,7 @@ def cells() -> list[Cell]:
     return [Cell("full"), *chosen, *by_text.values()]
 
 
-@pytest.mark.parametrize("cell", cells(), ids=lambda cell: f"{cell.method}-{cell.tokens}")
+@pytest.mark.parametrize("cell", cells(), ids=lambda cell: f"{cell.scorer}-{cell.text_scorer}")
 @torch.no_grad()
 def test_evaluation_equals_the_plain_path(
     cell: Cell, testbed: evaluate.Testbed, plain: LlavaForConditionalGeneration
@@ -209,6 +209,12 @@ def test_evaluation_without_stage_1_keeps_to_the_budget(testbed: evaluate.Testbe
     row = testbed.measure(found[-1], "seen_styles")
     assert row["foreground_recall"] == 1
     assert found[-1].tokens <= row["average"] < found[-1].tokens + 1
+
+
+def test_visionzip_is_the_plain_cls(testbed: evaluate.Testbed) -> None:
+    """The plot draws one line for both."""
+    rows = [testbed.measure(replace(base(name), tokens=32), "seen_styles") for name in ("cls", "visionzip")]
+    assert rows[0] == rows[1]
 
 
 def test_every_cell_of_the_evaluation_is_a_valid_configuration() -> None:
@@ -330,6 +336,7 @@ def test_every_group_of_the_evaluation_has_its_table(tmp_path: Path) -> None:
     assert text.count("| learned, 64 |") >= 6
     assert "| seed0" not in text
     assert "| x | " in text
+    assert "| covering, x | " in text
     # equal answers at 192 tokens: nothing lost against the full model, and no doubt about it
     assert results.text("seen_styles", replace(base("cls"), tokens=192)).endswith(" / 100.0 (100.0–100.0)")
     retention.plot(results, tmp_path / "plot.png")
