@@ -22,7 +22,7 @@ KINDS = {
 }
 
 
-def tiny(kind, seed=0, dtype=torch.float64, **text):
+def tiny(kind, seed=0, dtype=torch.float64, attention="sdpa", **text):
     """A random model, with weights large enough for attention to differ between tokens."""
     torch.manual_seed(seed)
     model_class, config_class = KINDS[kind]
@@ -57,6 +57,7 @@ def tiny(kind, seed=0, dtype=torch.float64, **text):
     model.generation_config.pad_token_id = PAD
     model.generation_config.eos_token_id = None  # random models must not stop at random
     model.generation_config.suppress_tokens = [PAD, IMAGE, FAKE, TILE, WHOLE, LINE]  # nor speak of pictures
+    model.set_attn_implementation(attention)
     return model
 
 
