@@ -300,7 +300,7 @@ class Surgery(Vision):
             if scorer.select is not None:
                 index = scorer.select(given)
                 _check_shape(scorer.name, index, (batch, keep))
-                return index.sort(dim=1).values, None
+                return index, None
             scores = None
             if scorer.score is not None:
                 by_score = max(1, keep - round(self.config.diversity * keep))

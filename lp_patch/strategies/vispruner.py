@@ -19,7 +19,7 @@ def select(x: Stage1Input) -> Tensor:
     while others.shape[1] > diverse:
         first, second = others[:, ::2], others[:, 1::2]
         nearest = (take(unit, first) @ take(unit, second).transpose(1, 2)).amax(dim=2)
-        gone = min(AT_ONCE, others.shape[1] - diverse, first.shape[1])
+        gone = min(AT_ONCE, others.shape[1] - diverse)
         most_alike = top_indices(nearest, first.shape[1])
         others = torch.cat([first.gather(1, most_alike[:, gone:]), second], dim=1)
     return torch.cat([important, others], dim=1)
