@@ -322,3 +322,30 @@ def test_wrong_inputs_are_refused(change, message):
     inputs, _ = draw(2, 2, 2, 6, 3)
     with pytest.raises(UnsupportedInputError, match=message):
         gated_attention(*change(*inputs))
+
+
+def test_the_difference_is_what_opening_a_key_gives_each_query():
+    """One layer, gates of 0 and 1: every query's output with the key open less that with it closed, for each key."""
+    (query, key, value, _), upstream = draw(2, 2, 2, 9, 3, seed=5, scale=2.0)
+    gate = torch.randint(2, (2, 9), generator=torch.Generator().manual_seed(0)).double()
+    want = torch.zeros_like(gate)
+    for row in range(2):
+        for at in range(9):
+            outputs = []
+            for value_of_gate in (1.0, 0.0):
+                other = gate.clone()
+                other[row, at] = value_of_gate
+                outputs.append(eager(query, key, value, other))
+            want[row, at] = ((outputs[0] - outputs[1]) * upstream).sum()
+    exact = run(gated_attention, [query, key, value, gate], upstream)
+    got = run(gated_attention, [query, key, value, gate], upstream, difference=True)
+    torch.testing.assert_close(got[4], want)
+    assert_close(got[:4], exact[:4])
+
+
+def test_the_difference_is_bounded_where_the_derivative_is_not():
+    query, key, value = torch.ones(1, 1, 2, 1) * 40, torch.tensor([[40.0], [0.0]])[None, None], torch.rand(1, 1, 2, 1)
+    gate = torch.tensor([[0.0, 1.0]])
+    upstream = torch.ones(1, 1, 2, 1)
+    assert run(gated_attention, [query, key, value, gate], upstream)[4].abs().max() > 1e9
+    assert run(gated_attention, [query, key, value, gate], upstream, difference=True)[4].abs().max() <= 1

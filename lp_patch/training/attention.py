@@ -16,7 +16,9 @@ _CPU_BLOCK_ELEMENTS = 1 << 19
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def gated_attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, *, scaling: float | None = None) -> Tensor:
+def gated_attention(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, *, scaling: float | None = None, difference: bool = False
+) -> Tensor:
     """Causal attention in which each key counts as much as its gate says, but every query sees itself in full.
 
     ``A_ij = exp(s_ij) G_ij / sum_k exp(s_ik) G_ik`` over ``k <= i``, with ``G_ij = 1 if i == j else gate_j`` and
@@ -35,13 +37,17 @@ def gated_attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, *, 
         gate: (B, L) float in [0, 1]: 1 on text, the pruner's mask on visual tokens, 0 on padding. The range is not
             checked, which would stall a GPU: a negative gate gives NaN.
         scaling: factor on the dot product; None means ``D ** -0.5``.
+        difference: for gates of 0 and 1 alone: in place of the derivative, the gate's gradient is the difference that
+            opening the key makes to each query by itself (ours). With ``p = exp(s_ij) / Z_i`` it is the derivative over
+            ``1 + p`` for a closed key and over ``1 - p`` for an open one: bounded, where the derivative at a closed
+            key with a large score promises any multiple of what opening it can give.
 
     Returns:
         (B, H, L, D) in the query's dtype.
     """
     _check(query, key, value, gate)
     out: Tensor = _GatedAttention.apply(
-        query, key, value, gate, query.shape[-1] ** -0.5 if scaling is None else scaling
+        query, key, value, gate, query.shape[-1] ** -0.5 if scaling is None else scaling, difference
     )
     return out
 
@@ -50,7 +56,9 @@ class _GatedAttention(torch.autograd.Function):
     """Saves its inputs, its output and the log of the gated normaliser, as flash attention does."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scaling: float) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, scaling: float, difference: bool
+    ) -> Tensor:
         with torch.autocast(query.device.type, enabled=False):
             q, k, v, g = _prepared(query, key, value, gate, scaling)
             log_gate = g.log()
@@ -66,12 +74,12 @@ class _GatedAttention(torch.autograd.Function):
                 normaliser[..., start:stop] = (top + total.log()).squeeze(-1)
         out = out.view(query.shape)
         ctx.save_for_backward(query, key, value, gate, out, normaliser)
-        ctx.scaling = scaling
+        ctx.scaling, ctx.difference = scaling, difference
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None, None]:
         query, key, value, gate, out, normaliser = ctx.saved_tensors
         # A closed key's weight is taken at a tiny gate, and divided by that for the gate's own gradient. The limit
         # keeps every sum finite; it is met only where that gradient is too large for the dtype (it becomes inf).
@@ -93,7 +101,9 @@ class _GatedAttention(torch.autograd.Function):
                 q_rows, grad_rows = q[..., rows, :].flatten(2, 3), grad[..., rows, :].flatten(2, 3)
                 grad_v[:, :, :stop] += weights.mT @ grad_rows
                 change = (grad_rows @ v[:, :, :stop].mT).sub_(mean[..., rows].flatten(2, 3)[..., None]).mul_(weights)
-                grad_gate[:, :stop] += change.sum(dim=(1, 2))
+                grad_gate[:, :stop] += (_per_step(change, weights, floored[:, :stop]) if ctx.difference else change).sum(
+                    dim=(1, 2)
+                )
                 grad_q[..., rows, :] = (change @ open_k[:, :, :stop]).view_as(q[..., rows, :])
                 grad_k[:, :, :stop] += change.mT @ q_rows
             # what every query sees of itself, gate 1
@@ -109,7 +119,15 @@ class _GatedAttention(torch.autograd.Function):
             grad_v.to(value.dtype),
             (grad_gate / floored).to(gate.dtype),
             None,
+            None,
         )
+
+
+def _per_step(change: Tensor, weights: Tensor, gate: Tensor) -> Tensor:
+    """The share of `change` (B, KV, Q, K) that a whole step of each gate (B, K) makes, times the gate."""
+    gate = gate[:, None, None, :]
+    rest = torch.where(gate < 0.5, 1 + weights / gate, (1 - weights).clamp(min=torch.finfo(weights.dtype).eps))
+    return change / rest
 
 
 def _gated_scores(q: Tensor, k: Tensor, log_gate: Tensor, start: int, stop: int, own: float) -> Tensor:

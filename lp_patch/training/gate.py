@@ -40,9 +40,10 @@ class Gate(Vision):
         on: whether the gate takes part; off, the model is as it was.
     """
 
-    def __init__(self, parts: Parts, pruner: LearnablePruner) -> None:
+    def __init__(self, parts: Parts, pruner: LearnablePruner, difference: bool) -> None:
         super().__init__(parts, State())
         self.pruner = pruner
+        self.difference = difference
         self.on = True
         self.mask: Tensor | None = None
         self.visual: Tensor | None = None
@@ -115,7 +116,9 @@ class Gate(Vision):
         """Every decoder layer's attention; None: the layer's own."""
         if self._gate is None:
             return None
-        return gated_attention(query, key, value, self._gate.to(query.device), scaling=scaling)
+        return gated_attention(
+            query, key, value, self._gate.to(query.device), scaling=scaling, difference=self.difference
+        )
 
 
 class GatedModel(nn.Module):
@@ -132,6 +135,7 @@ class GatedModel(nn.Module):
         objective: "ntp" or "distill".
         weight: of the budget term.
         tau: the share of tokens to keep that costs nothing.
+        difference: what the gate's gradient is, see `gated_attention`.
 
     Raises:
         ConfigError: an option out of range, a model that is patched, or one that is not frozen.
@@ -149,6 +153,7 @@ class GatedModel(nn.Module):
         objective: str = "ntp",
         weight: float = 1.0,
         tau: float = 0.0,
+        difference: bool = False,
     ) -> None:
         super().__init__()
         if objective not in ("ntp", "distill"):
@@ -162,7 +167,7 @@ class GatedModel(nn.Module):
         self.pruner = resolve_pruner(pruner, parts.width, parts.model.config) or new_pruner(parts.width)
         self.objective, self.weight, self.tau = objective, weight, tau
         self.config = parts.model.config
-        self._gate = Gate(parts, self.pruner)
+        self._gate = Gate(parts, self.pruner, difference)
         self._installation = Installation()
         self._gate.install(self._installation)
         forget_compiled()
