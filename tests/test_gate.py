@@ -2,9 +2,6 @@
 
 import pytest
 import torch
-from families import FAMILIES, make
-from masked import masked_logits, merged
-from test_lifecycle import snapshot
 from tiny import WIDTH, N, batch, images, tiny_llava, tokens
 
 import lp_patch
@@ -36,49 +33,6 @@ def inputs(rows=ROWS, labels=True, dtype=torch.float64):
     if labels:
         made["labels"] = made["input_ids"].masked_fill((made["input_ids"] == 1) | (made["attention_mask"] == 0), -100)
     return made
-
-
-def looked_at(model, scene):
-    """What the oracle runs on, its inputs, and each visual input's positions and the features (n, C) behind it."""
-    if not hasattr(scene, "grown"):
-        given, decoder = scene.forward(), model.get_decoder()
-        seen = scene.features(model)
-        if seen is None:
-            embeds = merged(model, decoder, given)
-            seen = [[embeds[row, at] for at in own] for row, own in enumerate(scene.visual)]
-        return model, given, scene.visual, seen
-    grown = scene.grown(model, scene.rows, scene.pictures, "left")
-    return grown, grown.inputs, grown.visual, grown.features
-
-
-def leftovers(model):
-    """All but what an unpatched forward of Qwen leaves behind as well."""
-    return {key: value for key, value in snapshot(model).items() if not key.endswith("rope_deltas")}
-
-
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_hard_gate_gives_what_removal_gives(family, attention):
-    model, scene = make(family, attention=attention)
-    model.requires_grad_(False)
-    oracle, given, visual, seen = looked_at(model, scene)
-    pruner = halving(seen[0][0].shape[-1])
-    gone = torch.zeros(given["input_ids"].shape, dtype=torch.bool)
-    for row, own in enumerate(visual):
-        for at, features in zip(own, seen[row], strict=True):
-            logits = pruner(features)
-            gone[row, torch.tensor(at)[logits[:, 0] >= logits[:, 1]]] = True
-    n_visual = sum(len(at) for own in visual for at in own)
-    assert n_visual / 20 < gone.sum() < n_visual * 19 / 20
-    want = masked_logits(oracle, model.get_decoder().layers, given, [(0, gone)])
-    before = leftovers(model)
-    training = GatedModel(model, pruner)
-    with torch.no_grad():
-        got = model(**scene.forward(), use_cache=False).logits
-    training.remove()
-    assert leftovers(model) == before
-    left = given["attention_mask"].bool() & ~gone
-    torch.testing.assert_close(got[left], want[left], **CLOSE)
 
 
 def test_the_gate_is_what_pruning_does():
