@@ -34,9 +34,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--objective", choices=["ntp", "distill"], default="ntp", help="ntp is the paper's")
     parser.add_argument("--weight", type=float, default=1.0, help="of the budget term (paper: 1)")
     parser.add_argument("--tau", type=float, default=0.0, help="share of tokens that costs nothing (paper: 0)")
-    parser.add_argument(
-        "--difference", action="store_true", help="bounded gradient of closed tokens (ours; learns in far fewer steps)"
-    )
+    parser.add_argument("--difference", action="store_true", help="the gate's gradient as a difference, bounded (ours)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=8, help="samples a device and step")
     parser.add_argument("--accumulate", type=int, default=1, help="steps an update (paper-like: batch x this = 64)")
@@ -81,7 +79,6 @@ def main() -> None:
     gated.pruner.training_info = {
         "objective": args.objective,
         "data": args.data.name,
-        "samples": len(dataset),
         **{
             name: getattr(args, name)
             for name in ("seed", "weight", "tau", "difference", "steps", "batch", "accumulate")
@@ -109,6 +106,7 @@ def main() -> None:
     )
     checkpoints = args.output / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
+    gated.pruner.training_info["samples"] = round(trainer.state.epoch * len(dataset))
     trainer.save_model(args.output)
 
 
