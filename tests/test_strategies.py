@@ -713,8 +713,7 @@ def test_iwp_in_blocks(monkeypatch, elements):
 
 
 @torch.no_grad()
-def test_iwp_where_padding_is_no_number():
-    """transformers' eager attention makes NaN of rows that see nothing."""
+def test_iwp_reads_what_every_back_end_reads():
     model = tiny_llava(seed=9, kv_heads=2, dtype=torch.float32)
     inputs = batch([tokens(3, "image", 6), tokens("image", 2), tokens(4)], images(2, dtype=torch.float32))
     with lp_patch.applied(model, text_scorer="iwp", tokens=12) as patch:

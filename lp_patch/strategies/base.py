@@ -97,7 +97,7 @@ class Stage2Input:
     def unrotated(self, x: Tensor) -> Tensor:
         """Queries or keys of the last T tokens (B, H, T, D) as they were before their rotation, in float32."""
         length, dim = x.shape[2:]
-        if len(self.rotary) != 2 or any(part.dim() != 3 or part.shape[2] != dim for part in self.rotary):
+        if len(self.rotary) != 2 or any(part.shape[2:] != (dim,) for part in self.rotary):
             raise UnsupportedInputError(
                 f"this text_scorer undoes the rotary embedding, and needs it as (batch, tokens, {dim}), got "
                 f"{[tuple(part.shape) for part in self.rotary]}: use another text_scorer, or a newer transformers"

@@ -20,15 +20,14 @@ def score(x: Stage2Input) -> Tensor:
     """
     n_tokens = x.visual.shape[1]
     key, value = x.key[:, :, -n_tokens:].float(), x.value[:, :, -n_tokens:].float()
-    asks = x.weights[:, None, :, None]
-    query = (x.unrotated(x.query) * asks).masked_fill(asks == 0, 0.0).sum(dim=2)  # padding may be no number
+    query = (x.unrotated(x.query) * x.weights[:, None, :, None]).sum(dim=2)
     scores = magnitude(query, x.unrotated(key), value, x.visual, x.scaling)
     left, chunk, chosen = x.visual.clone(), 2, 0
     while chosen < x.keep:
-        picks = top_indices(scores.masked_fill(~left, -torch.inf), min(chunk, n_tokens))
-        real = left.gather(1, picks)  # rows of a batch run out of tokens one after the other
+        # a row picks others only when it has no token left, and so none to reduce
+        picks = top_indices(scores.masked_fill(~left, -torch.inf), chunk)
         left = left.scatter(1, picks, False)
-        reduced = scores * (1 - 5 * duplication(key, value, picks, real, x.scaling)).clamp(min=0.01)
+        reduced = scores * (1 - 5 * duplication(key, value, picks, x.scaling)).clamp(min=0.01)
         scores = torch.where(left, reduced, scores)
         chunk, chosen = 2 * chunk, chosen + chunk
     return scores
@@ -59,14 +58,13 @@ def magnitude(query: Tensor, key: Tensor, value: Tensor, visual: Tensor, scaling
     return ((size - low) / (high - low).clamp(min=1e-30)).masked_fill(~visual, -1.0)
 
 
-def duplication(key: Tensor, value: Tensor, picks: Tensor, real: Tensor, scaling: float) -> Tensor:
+def duplication(key: Tensor, value: Tensor, picks: Tensor, scaling: float) -> Tensor:
     """How much each token repeats the picked one that is most like it, squared.
 
     Args:
         key: (B, KV, N, D), rotated.
         value: (B, KV, N, D).
         picks: (B, P) int64 into N.
-        real: (B, P) bool, picks that count.
         scaling: factor on the dot product, normally ``D ** -0.5``.
 
     Returns:
@@ -75,13 +73,11 @@ def duplication(key: Tensor, value: Tensor, picks: Tensor, real: Tensor, scaling
     batch, kv_heads, n_tokens, _ = key.shape
     unit = torch.nn.functional.normalize(value, dim=3)
     most = key.new_zeros(batch, n_tokens)
-    size = max(1, _CHUNK_ELEMENTS // (batch * n_tokens))
-    for part, counts in zip(picks.split(size, dim=1), real.split(size, dim=1), strict=True):
+    for part in picks.split(max(1, _CHUNK_ELEMENTS // (batch * n_tokens)), dim=1):
         alike = key.new_zeros(batch, n_tokens, part.shape[1])
         for k, v in zip(key.unbind(1), unit.unbind(1), strict=True):
             alike += (v @ take(v, part).transpose(1, 2)) * (-0.5 * scaling * torch.cdist(k, take(k, part)) ** 2).exp()
-        squared = (alike / kv_heads) ** 2
-        most = torch.maximum(most, squared.masked_fill(~counts[:, None], 0.0).amax(dim=2))
+        most = torch.maximum(most, ((alike / kv_heads) ** 2).amax(dim=2))
     return most
 
 
