@@ -141,10 +141,11 @@ def test_every_import_is_declared(built):
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.level == 0:
                 imported.add(node.module.partition(".")[0])
-    declared = {
-        line.partition(">")[0] for line in metadata(built[1]).get_all("Requires-Dist") if "extra ==" not in line
-    }
-    assert imported - set(sys.stdlib_module_names) - {"lp_patch"} == declared
+    lines = metadata(built[1]).get_all("Requires-Dist")
+    declared = {line.partition(">")[0] for line in lines if "extra ==" not in line}
+    training = {line.partition(";")[0] for line in lines if 'extra == "train"' in line}
+    assert training == {"accelerate", "peft", "pillow"}
+    assert imported - set(sys.stdlib_module_names) - {"lp_patch", "peft", "PIL"} == declared
 
 
 def test_installed_wheel_runs_the_one_liner(elsewhere):
