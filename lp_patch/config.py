@@ -24,8 +24,8 @@ class PruningConfig:
         layer: decoder layers that run on the stage-1 tokens (the paper's k, counted from 1), ``1 <= layer < L``;
             None means the text_scorer's own, else ``round(0.375 L)`` (ours for L other than 32).
         stage_ratio: R1 : R2, >= 1; 1 switches stage 2 off.
-        diversity: share of R1 chosen by farthest-point selection, in [0, 1]. It holds for every scorer that scores: pass
-            0 for a pure "random" or "uniform" baseline. A scorer with a rule of its own refuses it, except 0.
+        diversity: share of R1 chosen by farthest-point selection, in [0, 1]. It holds for every scorer that scores:
+            pass 0 for a pure "random" or "uniform" baseline. A scorer with a rule of its own refuses it, except 0.
         scorer: stage 1 strategy, see `lp_patch.strategies`; "auto" is "learned" with a pruner, else "diversity".
         text_scorer: stage 2 strategy.
         final_wipe_layer: from this many layers on there is no visual token at all, ``layer < it <= L``; None: never.

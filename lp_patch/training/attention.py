@@ -101,9 +101,8 @@ class _GatedAttention(torch.autograd.Function):
                 q_rows, grad_rows = q[..., rows, :].flatten(2, 3), grad[..., rows, :].flatten(2, 3)
                 grad_v[:, :, :stop] += weights.mT @ grad_rows
                 change = (grad_rows @ v[:, :, :stop].mT).sub_(mean[..., rows].flatten(2, 3)[..., None]).mul_(weights)
-                grad_gate[:, :stop] += (_per_step(change, weights, floored[:, :stop]) if ctx.difference else change).sum(
-                    dim=(1, 2)
-                )
+                effect = _per_step(change, weights, floored[:, :stop]) if ctx.difference else change
+                grad_gate[:, :stop] += effect.sum(dim=(1, 2))
                 grad_q[..., rows, :] = (change @ open_k[:, :, :stop]).view_as(q[..., rows, :])
                 grad_k[:, :, :stop] += change.mT @ q_rows
             # what every query sees of itself, gate 1

@@ -130,7 +130,7 @@ class GatedModel(nn.Module):
     at all text after the last image.
 
     Args:
-        model: a supported model, unpatched, with all parameters frozen; or inside PEFT, whose parameters then train too.
+        model: a supported model, unpatched, all of its parameters frozen; or inside PEFT, whose parameters train too.
         pruner: of the model's width, or None for a new one.
         objective: "ntp" or "distill".
         weight: of the budget term.
