@@ -4,51 +4,14 @@ import csv
 import sys
 from pathlib import Path
 
+import retention
+
 import lp_patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-RESULTS = ROOT / "examples" / "testbed" / "results.csv"
 BENCHMARK = ROOT / "examples" / "results" / "benchmark_cpu.csv"
-BUDGETS = (192, 128, 64, 32, 16)
-METHODS = ("random", "uniform", "cls", "diversity")
-
-
-def accuracy() -> str:
-    """Accuracy relative to all tokens, by method and budget, on the questions in styles that training saw."""
-    with RESULTS.open(newline="") as file:
-        rows = {
-            (x["split"], x["method"], x["stage2"], int(x["tokens"])): x
-            for x in csv.DictReader(file)
-            if x["type"] == "all"
-        }
-
-    def share(row: dict | None) -> str:
-        return "-" if row is None else f"{100 * float(row['accuracy']):.1f}"
-
-    lines = []
-    for split, title in (("seen_styles", "styles seen in training"), ("unseen_style", "a drawing style never seen")):
-        full = rows[split, "full", "no", 576]
-        low, high = 100 * float(full["low"]), 100 * float(full["high"])
-        blind = share(rows[split, "grey picture", "no", 576])
-        lines += [
-            f"**{title.capitalize()}**, {full['n']} questions: {share(full)} % with all 576 tokens (95 % interval "
-            f"{low:.1f} to {high:.1f}), {blind} % without the picture. Accuracy in % at an average of",
-            "",
-            "| | " + " | ".join(map(str, BUDGETS)) + " |",
-            "|---|" + "---:|" * len(BUDGETS),
-        ]
-        for stage2, what in (("no", "stage 1 alone"), ("yes", "both stages")):
-            for method in METHODS:
-                cells = [share(rows.get((split, method, stage2, tokens))) for tokens in BUDGETS]
-                lines.append(f"| {method}, {what} | " + " | ".join(cells) + " |")
-        lines.append("")
-    lines.append(
-        "Intervals, question types and seeds: `examples/testbed/README.md` and `results.csv` beside it; "
-        "`python examples/testbed/evaluate.py` measures again."
-    )
-    return "\n".join(lines)
 
 
 def speed() -> str:
@@ -80,13 +43,10 @@ def speed() -> str:
 
 
 def models() -> str:
-    """Supported model types by family."""
-    families: dict[str, list[str]] = {}
-    for model_type, family in lp_patch.supported().items():
-        families.setdefault(family, []).append(f"`{model_type}`")
-    lines = ["| family | model types |", "|---|---|"]
-    lines += [f"| {family} | {', '.join(types)} |" for family, types in sorted(families.items())]
-    return "\n".join(lines)
+    """What the tests of each supported family said."""
+    import matrix
+
+    return matrix.families(lp_patch.supported())
 
 
 def modes() -> str:
@@ -98,12 +58,12 @@ def modes() -> str:
 
 def fill(readme: str) -> str:
     """The README with every section between its marks made anew."""
-    for name, make in (("accuracy", accuracy), ("speed", speed), ("models", models), ("modes", modes)):
+    for name, make in (("speed", speed), ("models", models), ("modes", modes)):
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = readme.split(begin)
         after = rest.split(end)[1]
         readme = f"{before}{begin}\n{make()}\n{end}{after}"
-    return readme
+    return retention.filled(readme, retention.Results(retention.load(retention.RESULTS)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hypothesis
+import matrix
 import pytest
 import torch
 
@@ -45,21 +46,32 @@ def few_threads():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--matrix", action="store_true", help="note the outcomes for the README's table of modes")
+    parser.addoption("--matrix", action="store_true", help="note the outcomes for the README's tables")
 
 
-OUTCOMES: dict[str, list[str]] = {}
+def pytest_configure(config):
+    config.addinivalue_line("markers", "matrix: a long test that the README's tables need: --matrix runs it")
+    if config.getoption("--matrix") and config.option.markexpr == "not long":
+        config.option.markexpr = "not long or matrix"
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        item.user_properties.append(("family", matrix.family_of(item)))
+
+
+RESULTS: list[tuple[str, str, dict]] = []
 
 
 def pytest_runtest_logreport(report):
-    # a skip or an error may come before the call
+    # a skip or an error may come before the call; an expected failure is one
     if report.when == "call" or report.outcome != "passed":
-        OUTCOMES.setdefault(report.nodeid.split("[")[0].removeprefix("tests/"), []).append(report.outcome)
+        outcome = "failed" if hasattr(report, "wasxfail") else report.outcome
+        RESULTS.append((report.nodeid.split("[")[0].removeprefix("tests/"), outcome, dict(report.user_properties)))
 
 
 def pytest_sessionfinish(session):
     if session.config.getoption("--matrix") and not hasattr(session.config, "workerinput"):
-        import matrix
         import transformers
 
-        matrix.note(OUTCOMES, transformers.__version__)
+        matrix.note(RESULTS, transformers.__version__)

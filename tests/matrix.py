@@ -1,7 +1,7 @@
-"""The README's table of tested modes, from what the tests said under each version of transformers.
+"""The README's tables of families and modes, from what the tests said under each version of transformers.
 
-`python -m pytest --matrix` notes every test's outcome in `tests/matrix/<version>.json`; `examples/tables.py` puts this
-table into the README. A row is "yes" only where all its tests passed, and a cell names what an old version cannot do.
+`python -m pytest --matrix` notes the outcomes in `tests/matrix/<version>.json`; `examples/tables.py` puts the tables
+into the README. A cell is "yes" only where all its tests passed, and says what a version or a family cannot do.
 """
 
 import json
@@ -45,12 +45,14 @@ ROWS = {
         f"{GENERATE}::test_static_cache",
         f"{GENERATE}::test_static_cache_is_free_at_full_budget_and_refused_where_it_cannot_be_right",
     ],
+    "Offloaded caches: need CUDA, patched or not": [f"{WRAP}::test_offloaded_caches_need_cuda"],
     "Chunked prefill with images: refused with the reason": [
         f"{GENERATE}::test_chunked_prefill_is_refused_with_images_and_free_without"
     ],
     "FlashAttention's inputs: no gap, masks of the right length": [
         f"{WRAP}::test_flash_attention_is_never_shown_a_gap"
     ],
+    "Flex attention, forward (on a CPU)": [f"{WRAP}::test_flex_attention"],
     "bf16, fp16": [f"{WRAP}::test_low_precision"],
     "PEFT before and after, `modules_to_save`, disable, merge": [
         f"{WRAP}::test_peft",
@@ -80,12 +82,101 @@ ROWS = {
 }
 
 
-def note(outcomes: dict[str, list[str]], version: str) -> None:
-    """Write what each test function (its parameters together) came to under one version."""
+FAMILY, QWEN, INTERNVL = "test_families.py", "test_qwen.py", "test_internvl.py"
+RELATIVES, OTHERS, ORIGINAL = "test_llava_family.py", "test_other_families.py", "test_original_llava.py"
+FORWARDS = [
+    *(f"{file}::test_forward" for file in (QWEN, INTERNVL, OTHERS, ORIGINAL)),
+    f"{RELATIVES}::test_padded_rows_equal_the_oracle_alone",
+]
+# what a family is asked -> its tests, each of those that is run for that family
+ASKED = {
+    "forward": [f"{FAMILY}::test_forward", f"{FORWARD}::test_one_row", *FORWARDS],
+    "several images": [
+        f"{FAMILY}::test_several_inputs", f"{FORWARD}::test_padded_rows_equal_themselves_alone", *FORWARDS
+    ],
+    "padded batch": [
+        f"{FAMILY}::test_padded_batch", f"{FORWARD}::test_padded_rows_equal_themselves_alone", *FORWARDS
+    ],
+    "eager": [f"{FAMILY}::test_eager", f"{RELATIVES}::test_options_and_eager_attention"],
+    "generate, beams": [
+        f"{FAMILY}::test_generate", f"{GENERATE}::test_greedy", f"{GENERATE}::test_padded_batch",
+        *(f"{file}::test_generate" for file in (QWEN, INTERNVL, OTHERS, ORIGINAL)),
+        f"{RELATIVES}::test_greedy", f"{RELATIVES}::test_beams", f"{ORIGINAL}::test_beams_and_several_answers",
+    ],
+    "later turns": [
+        *(f"{file}::test_second_turn_on_a_kept_cache" for file in (GENERATE, INTERNVL, OTHERS)),
+        f"{QWEN}::test_second_text_turn_on_a_kept_cache", f"{QWEN}::test_second_turn_with_a_new_image",
+        f"{RELATIVES}::test_text_turn_on_the_kept_cache", f"{RELATIVES}::test_turn_with_pictures_on_the_kept_cache",
+        f"{ORIGINAL}::test_text_turn_on_the_kept_cache",
+    ],
+    "static cache": [f"{FAMILY}::test_static_cache"],
+    "untouched at full budget, after removal": [
+        f"{FORWARD}::test_full_budget_is_untouched_bit_for_bit", f"{LIFE}::test_nothing_is_left_behind",
+        *(f"{file}::test_nothing_to_prune_and_removal_bit_for_bit" for file in (QWEN, INTERNVL, OTHERS)),
+        f"{RELATIVES}::test_full_budget_and_text_alone_are_untouched_bit_for_bit", f"{RELATIVES}::test_remove_restores",
+        f"{ORIGINAL}::test_full_budget_text_and_removal_bit_for_bit",
+    ],
+    "compact positions": [f"{FAMILY}::test_compact_positions"],
+    '`scorer="cls"`': [
+        f"{FAMILY}::test_cls_is_refused", f"{GENERATE}::test_greedy", f"{ORIGINAL}::test_cls_reads_the_tower"
+    ],
+    "bf16, fp16": [f"{FAMILY}::test_low_precision"],
+    "processor, pipeline": [
+        f"{OTHERS}::test_from_text_and_pictures_to_an_answer", f"{RELATIVES}::test_processor_to_generate",
+        f"{WRAP}::test_pipeline_with_the_trained_testbed",
+    ],
+    "PEFT": [f"{FAMILY}::test_peft"],
+    "DDP, FSDP2": [f"{FAMILY}::test_ddp", f"{FAMILY}::test_fsdp2", f"{FAMILY}::test_two_processes"],
+    "compile": [f"{FAMILY}::test_compile"],
+    "checkpointing": [f"{FAMILY}::test_gradient_checkpointing"],
+    "device map": [f"{FAMILY}::test_device_map", f"{FAMILY}::test_two_devices"],
+    "all weights offloaded": [f"{FAMILY}::test_all_weights_offloaded"],
+    "Trainer": [f"{FAMILY}::test_trainer"],
+    "copies, saving": [f"{FAMILY}::test_copies", f"{FAMILY}::test_saved_models_load_unpatched"],
+}  # fmt: skip
+NOT_ASKED = {("llava_llama", "processor, pipeline"): "not applicable: the package has no processor"}
+MEASURED = {
+    "forward, float64": [f"{FAMILY}::test_{name}" for name in ("forward", "several_inputs", "padded_batch")],
+    "forward, float32, eager": [f"{FAMILY}::test_eager"],
+    "generate": [f"{FAMILY}::test_generate"],
+}  # largest difference of a logit to the oracle
+
+
+def family_of(item) -> str | None:
+    """Whose model a test runs: a parameter says it, or the file."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    alone = {INTERNVL: "internvl", ORIGINAL: "llava_llama", **dict.fromkeys((FORWARD, GENERATE, LIFE, WRAP), "llava")}
+    return parameters.get("family", parameters.get("kind", alone.get(item.path.name)))
+
+
+def note(results: list[tuple[str, str, dict]], version: str) -> None:
+    """Write what each test function came to under one version: all its parameters together, and by family.
+
+    `results`: the test, its outcome, and what it recorded: its family; "cell", where the answer is no plain yes, with
+    the reason; "difference", the largest to the oracle.
+    """
+    modes = {test for tests in ROWS.values() for test in tests}
+    asked = {test for tests in ASKED.values() for test in tests}
+    content: dict = {"modes": {}, "families": {}}
+    for test, outcome, properties in sorted(results, key=lambda x: x[0]):
+        if test in modes:
+            found = content["modes"].setdefault(test, [])
+            found[:] = sorted({*found, outcome})
+        if test in asked and properties["family"]:
+            one = content["families"].setdefault(properties["family"], {}).setdefault(test, {"outcomes": []})
+            one["outcomes"] = sorted({*one["outcomes"], outcome})
+            if "cell" in properties:
+                one["cell"] = properties["cell"]
+            if "difference" in properties:
+                one["difference"] = max(properties["difference"], one.get("difference", 0.0))
     FOLDER.mkdir(exist_ok=True)
-    wanted = {test for tests in ROWS.values() for test in tests}
-    content = {name: sorted(set(found)) for name, found in sorted(outcomes.items()) if name in wanted}
-    (FOLDER / f"{version}.json").write_text(json.dumps(content, indent=1) + "\n")
+    (FOLDER / f"{version}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def versions() -> list[tuple[str, dict]]:
+    """What was noted, newest version first."""
+    files = sorted(FOLDER.glob("*.json"), key=lambda p: [int(x) for x in p.stem.split(".")], reverse=True)
+    return [(path.stem, json.loads(path.read_text())) for path in files]
 
 
 def cell(outcomes: dict[str, list[str]], tests: list[str]) -> str:
@@ -99,13 +190,57 @@ def cell(outcomes: dict[str, list[str]], tests: list[str]) -> str:
 
 
 def table() -> str:
-    """Markdown, newest version first."""
-    files = sorted(FOLDER.glob("*.json"), key=lambda p: [int(x) for x in p.stem.split(".")], reverse=True)
-    versions = [(path.stem, json.loads(path.read_text())) for path in files]
+    """Modes by version, as Markdown."""
+    found = versions()
     lines = [
-        "| mode | " + " | ".join(f"transformers {name}" for name, _ in versions) + " |",
-        "|---|" + "---|" * len(files),
+        "| mode | " + " | ".join(f"transformers {name}" for name, _ in found) + " |",
+        "|---|" + "---|" * len(found),
     ]
     for row, tests in ROWS.items():
-        lines.append(f"| {row} | " + " | ".join(cell(outcomes, tests) for _, outcomes in versions) + " |")
+        lines.append(f"| {row} | " + " | ".join(cell(content["modes"], tests) for _, content in found) + " |")
     return "\n".join(lines)
+
+
+def answer(found: dict[str, dict], tests: list[str]) -> tuple[str, str | None]:
+    """What one family's tests say to one question, and the reason where that is no plain yes."""
+    run = [found[test] for test in tests if test in found]
+    outcomes = {outcome for one in run for outcome in one["outcomes"]}
+    if "failed" in outcomes:
+        return "**no**", None
+    if "passed" not in outcomes:
+        return "not tried", None
+    reasons = [one["cell"] for one in run if "cell" in one]
+    word = reasons[0].split(":")[0] if len(reasons) == len(run) else "yes"
+    return word, reasons[0] if reasons else None
+
+
+def families(supported: dict[str, str]) -> str:
+    """Families by what they are asked, as Markdown; the reasons follow, and the largest differences to the oracle."""
+    version, content = next(x for x in versions() if x[1]["families"])
+    lines = [f"| transformers {version} | model type | " + " | ".join(ASKED) + " |", "|---|---|" + "---|" * len(ASKED)]
+    reasons: list[str] = []
+    for model_type, family in sorted(supported.items(), key=lambda x: x[1]):
+        cells = []
+        for question, tests in ASKED.items():
+            word, why = answer(content["families"].get(model_type, {}), tests)
+            if (model_type, question) in NOT_ASKED:
+                why = NOT_ASKED[model_type, question]
+                word = why.split(":")[0]
+            if why is not None and why not in reasons:
+                reasons.append(why)
+            cells.append(word if why is None else f"{word} ({reasons.index(why) + 1})")
+        lines.append(f"| {family} | `{model_type}` | " + " | ".join(cells) + " |")
+    lines += ["", *(f"({i}) {why}  " for i, why in enumerate(reasons, 1)), ""]
+    lines.append(f"Largest difference of a logit to the oracle: {differences(content['families'])}.")
+    return "\n".join(lines)
+
+
+def differences(content: dict[str, dict]) -> str:
+    """The largest of all families for each thing that is measured."""
+    largest = []
+    for what, tests in MEASURED.items():
+        value, family = max(
+            (found[test]["difference"], family) for family, found in content.items() for test in tests if test in found
+        )
+        largest.append(f"{what} {value:.1e}" + (f" (`{family}`)" if value else ""))
+    return "; ".join(largest)

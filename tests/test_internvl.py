@@ -104,18 +104,6 @@ def test_compact_positions():
     torch.testing.assert_close(out.logits[want.left], want.logits[want.left], **CLOSE)
 
 
-@torch.no_grad()
-def test_eager():
-    model = tiny_internvl(seed=4, dtype=torch.float32, attention="eager")
-    row = prompt(3, ("image", 3), 2, ("image", 1), 4)
-    inputs = batch([row], torch.float32)
-    want = oracle(model, inputs, visual([row]), tokens=4, layer=2)
-    with lp_patch.applied(model, tokens=4, layer=2) as patch:
-        out = model(**inputs)
-    check_sets(patch.trace, want)
-    torch.testing.assert_close(out.logits[want.left], want.logits[want.left], **CLOSE)
-
-
 @pytest.mark.parametrize("how", ["full ids", "new ids"])
 @pytest.mark.parametrize("second", [(5,), (2, ("image", 2), 4)], ids=["text", "image"])
 def test_second_turn_on_a_kept_cache(second, how):

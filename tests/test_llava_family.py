@@ -13,8 +13,10 @@ from tiny_llava_family import (
     TILE,
     TILED,
     VIDEO,
+    VOCAB,
     WIDTH,
     WITH_VIDEO,
+    WORDS,
     Row,
     batch,
     joined,
@@ -24,6 +26,7 @@ from tiny_llava_family import (
     row_of,
     tiny,
 )
+from transformers import pipeline
 
 import lp_patch
 
@@ -395,12 +398,19 @@ def test_processor_to_generate(family):
     inputs = process(texts, images, videos)
     with lp_patch.applied(model, tokens=5) as patch:
         out = generate(model, inputs)
+        kept, words = patch.trace.visual_tokens, set(range(WORDS.index("what"), len(WORDS)))
+        options = {"max_new_tokens": NEW, "do_sample": False, "suppress_tokens": sorted(set(range(VOCAB)) - words)}
+        said = model.generate(**process(texts[:1], images[:1], videos[:1]), **options)[0, -NEW:]
+        ask = pipeline("image-text-to-text", model=model, processor=make)
+        legacy = {"return_legacy_image_output": False} if family == "video_llava" else {}
+        answer = ask(text=texts[0], images=images[0], return_full_text=False, generate_kwargs=options, **legacy)
+    assert answer[0]["generated_text"].split() == [WORDS[i] for i in said]
     assert [len(x.visual) for x in rows] == [1, 2, 0, 2][: len(rows)]
-    assert patch.trace.visual_tokens == [one.counted for one in rows]
+    assert kept == [one.counted for one in rows]
     for i, one in enumerate(rows):
         check_steps(out, i, model, one, inputs["input_ids"].shape[1], tokens=5)
     if family == "llava_onevision":
-        assert patch.trace.visual_tokens[1] == 2 * 16  # two images, neither tiled
+        assert kept[1] == 2 * 16  # two images, neither tiled
 
 
 def test_onevision_shrinks_large_images():

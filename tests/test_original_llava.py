@@ -125,6 +125,23 @@ def test_beams_and_several_answers():
                 torch.testing.assert_close(torch.stack([x[i] for x in out.logits]), logits, **CLOSE)
 
 
+@generates
+@pytest.mark.parametrize("case", ["tokens", "wipe", "compact"])
+def test_text_turn_on_the_kept_cache(case):
+    model = tiny(seed=8, tokenizer_padding_side="left")
+    ours, theirs = split_options(CASES[case])
+    rows = PROMPTS[:1]
+    pictures, given = pictures_of(rows)
+    with lp_patch.applied(model, **ours):
+        out = generate(model, torch.tensor(rows), images=given)
+        more = [*out.sequences[0].tolist(), 21, 22, 23]
+        again = torch.tensor([[*rows[0], *more]])
+        out = generate(model, again, images=given, past_key_values=out.past_key_values)
+    grown = Grown(model, rows, pictures, "left", new=torch.tensor([[*more, *out.sequences[0].tolist()]]))
+    logits = grown.want(**theirs).logits[:, -NEW - 1 : -1]
+    torch.testing.assert_close(torch.stack(out.logits, dim=1), logits, **CLOSE)
+
+
 @torch.no_grad()
 def test_full_budget_text_and_removal_bit_for_bit():
     model = tiny(seed=4, dtype=torch.float32, tokenizer_padding_side="left")

@@ -1,5 +1,9 @@
 """Mistral 3, Idefics3 and SmolVLM against the masked oracle; the families' processors; families that are refused."""
 
+import importlib
+import sys
+from functools import partial
+
 import numpy as np
 import pytest
 import tiny_others as others
@@ -9,7 +13,7 @@ from PIL import Image
 from test_internvl import with_positions
 from test_qwen import CLOSE, check_second_image, check_sets, generate, split_options
 from tiny_internvl import SIDE, tiny_internvl
-from tiny_qwen import PATCH, tiny_qwen
+from tiny_qwen import KINDS, PATCH, tiny_qwen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     Gemma3Config,
@@ -18,13 +22,21 @@ from transformers import (
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     InternVLProcessor,
+    MllamaConfig,
+    MllamaForConditionalGeneration,
     PaliGemmaConfig,
     PaliGemmaModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
+    Qwen2VLProcessor,
     Qwen3VLProcessor,
+    SmolVLMImageProcessorPil,
+    pipeline,
 )
+from transformers.models.pixtral import image_processing_pil_pixtral
+from transformers.models.smolvlm import processing_smolvlm
+from transformers.video_utils import VideoMetadata
 
 import lp_patch
 from lp_patch.adapters.idefics3 import split_images
@@ -197,7 +209,8 @@ def qwen(kind):
     image_processor = Qwen2VLImageProcessorPil(
         patch_size=PATCH, temporal_patch_size=2, merge_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
     )
-    processor = without_video({"qwen2_5_vl": Qwen2_5_VLProcessor, "qwen3_vl": Qwen3VLProcessor}[kind])
+    processors = {"qwen2_vl": Qwen2VLProcessor, "qwen2_5_vl": Qwen2_5_VLProcessor}
+    processor = without_video(processors.get(kind, Qwen3VLProcessor))
     place = "<|vision_start|><|image_pad|><|vision_end|>"
     return tiny_qwen(kind, dtype=torch.float32, vocab_size=300), processor(
         image_processor=image_processor, tokenizer=tokenizer(names, {}), video_processor=None
@@ -227,9 +240,49 @@ def idefics3():
     return others.tiny("idefics3", dtype=torch.float32, vocab_size=300), processor, "<image>"
 
 
-FAMILIES = {  # Mistral 3's processor wants torchvision
-    "qwen2_5_vl": lambda: qwen("qwen2_5_vl"),
-    "qwen3_vl": lambda: qwen("qwen3_vl"),
+def mistral3():
+    folder = "transformers.models.pixtral"
+    with pytest.MonkeyPatch.context() as patch:
+        # the processor wants torchvision for one function, which the module for Pillow has as well
+        patch.setitem(sys.modules, f"{folder}.image_processing_pixtral", image_processing_pil_pixtral)
+        processor = importlib.import_module(f"{folder}.processing_pixtral").PixtralProcessor
+    image_processor = image_processing_pil_pixtral.PixtralImageProcessorPil(
+        patch_size={"height": others.PATCH, "width": others.PATCH}, size={"longest_edge": 64}
+    )
+    return others.tiny("mistral3", dtype=torch.float32, vocab_size=300), processor(
+        image_processor, tokenizer(["<pad>", "<eos>", "[IMG]", "[IMG_BREAK]", "[IMG_END]"], {}),
+        patch_size=others.PATCH, spatial_merge_size=2,
+    ), "[IMG]"  # fmt: skip
+
+
+def smolvlm():
+    names = ["<pad>", "<eos>", "<image>", "<fake_token_around_image>", "<global-img>", "\n", "\n\n", "<video>"]
+    names += [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2, 3)]
+
+    processing_smolvlm.num2words = processing_smolvlm.num2words or str  # a package that says "three" for 3
+
+    class Offline(processing_smolvlm.SmolVLMProcessor):
+        def check_argument_for_proper_class(self, name, argument):
+            return type(argument)  # our stand-in is no video processor
+
+    image_processor = SmolVLMImageProcessorPil(
+        size={"longest_edge": 3 * others.SIDE}, max_image_size={"longest_edge": others.SIDE}
+    )
+    processor = Offline(image_processor, tokenizer(names, {}), three_frames, image_seq_len=others.N)
+    return others.tiny("smolvlm", dtype=torch.float32, vocab_size=300), processor, "<image>"
+
+
+def three_frames(videos, **_):
+    """What SmolVLM's video processor makes of arrays (3, SIDE, SIDE, 3) of bytes; it wants torchvision."""
+    pixels = torch.stack([torch.as_tensor(video) for video in videos]).movedim(-1, 2) / 127.5 - 1
+    seen = VideoMetadata(total_num_frames=3, fps=1.0, frames_indices=[0, 1, 2], duration=3.0)
+    return {"pixel_values": pixels, "video_metadata": [seen] * len(videos)}
+
+
+FAMILIES = {
+    "mistral3": mistral3,
+    "smolvlm": smolvlm,
+    **{kind: partial(qwen, kind) for kind in KINDS},
     "internvl": internvl,
     "idefics3": idefics3,
 }
@@ -244,7 +297,7 @@ def test_from_text_and_pictures_to_an_answer(kind):
         int((processor(text=[place], images=[p], return_tensors="pt")["input_ids"] == image).sum()) for p in pictures
     ]
     texts = [f"What is in the picture?{place}", f"{place}A cat is{place} on the mat. What is in the picture?"]
-    inputs = processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+    inputs = processor(text=texts, images=[pictures[:1], pictures[1:]], padding=True, return_tensors="pt")
     assert len(set(counts)) > 1
     positions = [(ids == image).nonzero().flatten() for ids in inputs["input_ids"]]
     where = [[positions[0].tolist()], [x.tolist() for x in positions[1].split(counts[1:])]]
@@ -258,7 +311,11 @@ def test_from_text_and_pictures_to_an_answer(kind):
             alone = generate(model, processor(text=[text], images=own, return_tensors="pt"))
             assert [x.tolist() for x in patch.trace.stage2] == [want.stage2[row]]
             assert alone.sequences[0, -len(out.logits) :].tolist() == out.sequences[row, -len(out.logits) :].tolist()
-    assert all(processor.batch_decode(out.sequences[:, -len(out.logits) :]))
+        said = processor.batch_decode(out.sequences[:, -len(out.logits) :], skip_special_tokens=True)
+        ask = pipeline("image-text-to-text", model=model, processor=processor)
+        options = {"max_new_tokens": len(out.logits), "do_sample": False}
+        answer = ask(text=texts[0], images=pictures[:1], return_full_text=False, generate_kwargs=options)
+    assert said[0] and answer[0]["generated_text"] == said[0]
 
 
 @torch.no_grad()
@@ -290,17 +347,51 @@ VISION = {
 }  # fmt: skip
 
 
+def tiny_mllama():
+    vision = {**VISION, "attention_heads": 2, "num_global_layers": 1, "vision_output_dim": 32, "max_num_tiles": 1}
+    vision |= {"intermediate_layers_indices": [0], "supported_aspect_ratios": [[1, 1]]}
+    text = {**TEXT, "cross_attention_layers": [1], "pad_token_id": 0}
+    return MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
+
+
 REFUSED = {
-    "gemma3": lambda: Gemma3Model(Gemma3Config(text_config=TEXT, vision_config=VISION, mm_tokens_per_image=4)),
-    "paligemma": lambda: PaliGemmaModel(
-        PaliGemmaConfig(text_config={"model_type": "gemma", **TEXT}, vision_config=VISION)
+    "gemma3": (
+        lambda: Gemma3Model(Gemma3Config(text_config=TEXT, vision_config=VISION, mm_tokens_per_image=4)),
+        "its image tokens attend to one another in both directions, and most of its layers only to a window",
     ),
+    "paligemma": (
+        lambda: PaliGemmaModel(PaliGemmaConfig(text_config={"model_type": "gemma", **TEXT}, vision_config=VISION)),
+        "its prompt, image tokens included, attends in both directions",
+    ),
+    "mllama": (tiny_mllama, "it reads pictures through cross-attention, so its prompt holds no visual tokens"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_families_that_do_not_fit_are_refused_with_the_reason(kind):
-    model = REFUSED[kind]()
-    with pytest.raises(lp_patch.UnsupportedModelError, match=r"cannot be pruned: .* in both directions.* Supported mo"):
+    make, why = REFUSED[kind]
+    model = make()
+    with pytest.raises(lp_patch.UnsupportedModelError, match=rf"'{kind}'\) cannot be pruned: {why}\. Supported mo"):
         lp_patch.apply(model)
     assert not lp_patch.is_applied(model)
+    assert kind not in lp_patch.supported()
+
+
+def test_every_unfit_family_is_tried():
+    assert set(REFUSED) == set(lp_patch.registry.UNFIT)
+
+
+@torch.no_grad()
+def test_smolvlms_processor_writes_a_video_as_images():
+    model, processor, _ = smolvlm()
+    video = np.random.default_rng(3).integers(0, 255, (3, others.SIDE, others.SIDE, 3), dtype=np.uint8)
+    inputs = processor(text=["What is <video> in the picture?"], videos=[video], return_tensors="pt")
+    at = (inputs["input_ids"][0] == others.IMAGE).nonzero().flatten().tolist()
+    frames = [at[i : i + others.N] for i in range(0, len(at), others.N)]
+    assert [x[-1] - x[0] for x in frames] == [others.N - 1] * 3  # each frame by itself, text between them
+    want = masked(model, with_positions(inputs), [frames], tokens=2, layer=2)
+    with lp_patch.applied(model, tokens=2, layer=2) as patch:
+        out = generate(model, inputs)
+    check_sets(patch.trace, want)
+    assert len(patch.trace.stage1[0]) == 3 * 6
+    torch.testing.assert_close(out.logits[0], want.logits[:, -1], **CLOSE)

@@ -241,6 +241,35 @@ def test_flash_attention_is_never_shown_a_gap(flash, rows, positions):
     assert max(k for _, k, _ in flash) < N
 
 
+@pytest.mark.long
+@pytest.mark.matrix
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch and transformers warn of themselves
+def test_flex_attention():
+    """Its forward; in generation, torch's C++ code for masks of a growing length does not compile, patched or not."""
+    model = tiny_llava(seed=41, dtype=torch.float32)
+    pixels = images(3, dtype=torch.float32)
+    inputs = batch(ROWS, pixels)
+    inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+    want = [expected(model, ids, own, tokens=5) for ids, own in zip(ROWS, pixels.split([1, 2]), strict=True)]
+    model.set_attn_implementation("flex_attention")
+    with lp_patch.applied(model, tokens=5) as patch, torch.no_grad():
+        logits = model(**inputs).logits
+    for row, right in enumerate(want):
+        assert patch.trace.stage2[row].tolist() == right.stage2
+        torch.testing.assert_close(logits[row][inputs["attention_mask"][row].bool()], right.logits, **CLOSE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="says what happens without CUDA")
+@pytest.mark.parametrize("cache", ["offloaded", "offloaded_static"])
+def test_offloaded_caches_need_cuda(cache):
+    model = tiny_llava(seed=42)
+    for patched in (False, True):
+        if patched:
+            lp_patch.apply(model, tokens=5)
+        with pytest.raises(AssertionError, match="Torch not compiled with CUDA enabled"):
+            model.generate(**batch([IDS], images(1)), max_new_tokens=2, cache_implementation=cache)
+
+
 def test_trainer(tmp_path):
     from transformers import Trainer, TrainingArguments
 
@@ -274,7 +303,11 @@ def test_trainer(tmp_path):
 @pytest.mark.parametrize("world", [1, 2])
 def test_fsdp2(world, order, tmp_path):
     """Sharded over gloo processes, and patched before or after: the oracle's answers, and a clean removal."""
-    torch.multiprocessing.spawn(_fsdp2_rank, (world, order, str(tmp_path / "store")), nprocs=world)
+    arguments = (world, order, str(tmp_path / "store"))
+    if world == 1:
+        _fsdp2_rank(0, *arguments)
+    else:
+        torch.multiprocessing.spawn(_fsdp2_rank, arguments, nprocs=world)
 
 
 def _fsdp2_rank(rank, world, order, store):
@@ -302,6 +335,7 @@ def _fsdp2_rank(rank, world, order, store):
         torch.testing.assert_close(model(**batch([IDS], images(1))).logits[0], want, **CLOSE)
     lp_patch.remove(model)
     assert not lp_patch.is_applied(model)
+    dist.barrier()  # a process that leaves early takes the others' connections with it
     dist.destroy_process_group()
 
 

@@ -40,11 +40,12 @@ def tower():
 
 def tiny(seed=0, dtype=torch.float64, attention="sdpa", **options):
     """A random model whose weights are large enough for attention to differ between tokens."""
+    folder = tower()  # draws, the first time
     torch.manual_seed(seed)
     config = llava.LlavaConfig(
         vocab_size=VOCAB, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=LAYERS,
         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512, pad_token_id=PAD,
-        bos_token_id=EOS, eos_token_id=EOS, pretraining_tp=1, mm_vision_tower=tower(), mm_hidden_size=WIDTH,
+        bos_token_id=EOS, eos_token_id=EOS, pretraining_tp=1, mm_vision_tower=folder, mm_hidden_size=WIDTH,
         mm_projector_type="mlp2x_gelu", mm_vision_select_layer=-2, mm_vision_select_feature="patch",
         use_mm_proj=True, **options,
     )  # fmt: skip
