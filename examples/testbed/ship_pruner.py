@@ -29,7 +29,7 @@ def main() -> None:
         and x["text_scorer"] in ("", "text")
         and x["stage_ratio"] in ("1.0", "3.0")
         and x["layer"] in ("", "2")
-        and x["diversity"] in ("", "0.1")
+        and (x["diversity"] in ("", "0.1") or x["scorer"] == "covering")
     }
     full = next(x for x in seen if x["scorer"] == "full")
     pruner.training_info["figures"] = {"all 576 tokens": f"{100 * float(full['accuracy']):.1f} %", **figures}
