@@ -266,7 +266,9 @@ def test_offloaded_caches_need_cuda(cache):
     for patched in (False, True):
         if patched:
             lp_patch.apply(model, tokens=5)
-        with pytest.raises(AssertionError, match="Torch not compiled with CUDA enabled"):
+        # the static one of transformers 4 fails sooner, patched or not
+        said = r"Torch not compiled with CUDA enabled|max_batch_size"
+        with pytest.raises((AssertionError, AttributeError), match=said):
             model.generate(**batch([IDS], images(1)), max_new_tokens=2, cache_implementation=cache)
 
 
