@@ -61,7 +61,7 @@ ROWS = {
     ],
     "DDP": [f"{WRAP}::test_ddp"],
     "FSDP2, 1 and 2 processes": [f"{WRAP}::test_fsdp2"],
-    "`torch.compile`, patched before and after (graph breaks)": [
+    "`torch.compile` of a forward, patched before and after (graph breaks)": [
         f"{WRAP}::test_compiled_module_patched_before_and_after",
         f"{LIFE}::test_compile_does_not_miss_a_later_patch",
     ],
@@ -127,7 +127,7 @@ ASKED = {
     ],
     "PEFT": [f"{FAMILY}::test_peft"],
     "DDP, FSDP2": [f"{FAMILY}::test_ddp", f"{FAMILY}::test_fsdp2", f"{FAMILY}::test_two_processes"],
-    "compile": [f"{FAMILY}::test_compile"],
+    "compiled forward": [f"{FAMILY}::test_compile"],
     "checkpointing": [f"{FAMILY}::test_gradient_checkpointing"],
     "device map": [f"{FAMILY}::test_device_map", f"{FAMILY}::test_two_devices"],
     "all weights offloaded": [f"{FAMILY}::test_all_weights_offloaded"],
