@@ -42,6 +42,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lp_patch
+from lp_patch.compat import CACHE
 from lp_patch.surgery import Surgery
 
 matplotlib.use("Agg")
@@ -257,7 +258,7 @@ def counted_flops(model: LlavaForConditionalGeneration) -> Iterator[dict[str, fl
     def attention(part: str, module: Any, args: tuple, kwargs: dict, output: Any) -> None:
         hidden = kwargs.get("hidden_states", args[0] if args else None)
         batch, queries = hidden.shape[:2]
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get(CACHE)
         keys = queries if cache is None else cache.layers[module.layer_idx].keys.shape[2]
         pairs = queries * keys - (queries * (queries - 1) // 2 if module.is_causal else 0)
         flops[part] += 4.0 * batch * module.q_proj.out_features * pairs
@@ -295,7 +296,7 @@ def decode(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor]
         output = model(
             input_ids=output.logits[:, -1:].argmax(dim=-1),
             attention_mask=mask,
-            past_key_values=output.past_key_values,
+            **{CACHE: output[CACHE]},
             use_cache=True,
             logits_to_keep=1,
         )
@@ -310,7 +311,7 @@ def measure(
     output = prefill(model, inputs)
     filled = clock.now()
     times = dict(clock.read())
-    times["kv_cache"] = cache_bytes(output.past_key_values)
+    times["kv_cache"] = cache_bytes(output[CACHE])
     begin = clock.now()
     decode(model, inputs, output, new - 1)
     times |= {"prefill": filled - start, "decode": (clock.now() - begin) / (new - 1)}

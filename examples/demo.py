@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import lp_patch
+from lp_patch.compat import CACHE
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -48,9 +49,7 @@ def ask(model: torch.nn.Module, processor, inputs: dict, answer: Answer) -> None
     answer.total.append(time.perf_counter() - start)
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
     answer.text = processor.decode(new, skip_special_tokens=True).strip()
-    answer.kv_bytes = sum(
-        x.untyped_storage().nbytes() for y in output.past_key_values.layers for x in (y.keys, y.values)
-    )
+    answer.kv_bytes = sum(x.untyped_storage().nbytes() for y in output[CACHE].layers for x in (y.keys, y.values))
 
 
 def prompt(processor, image: Image.Image, question: str) -> dict:

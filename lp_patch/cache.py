@@ -149,7 +149,7 @@ def check_prunable(cache: object) -> None:
     if cache is None:
         return
     if not isinstance(cache, Cache):
-        raise UnsupportedInputError(f"past_key_values must be a transformers Cache, got {type(cache).__name__}")
+        raise UnsupportedInputError(f"the cache must be a transformers Cache, got {type(cache).__name__}")
     for layer in cache.layers:
         # before 5.x a static layer was told its slots, counted before tokens were cut
         placed_by_caller = getattr(layer, "is_compileable", False) and not hasattr(layer, "cumulative_length")

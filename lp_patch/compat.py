@@ -1,18 +1,24 @@
 """The one file that looks at library versions, or rather at what moved between them.
 
-Tried with transformers 4.57, 5.17 and 5.23.
+Tried with transformers 4.57, 5.17 and 5.24.
 """
 
 import inspect
+from collections.abc import Callable
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-_LAYER_INDEX = "layer_idx" in inspect.signature(create_causal_mask).parameters
+_PARAMETERS = inspect.signature(create_causal_mask).parameters
+_LAYER_INDEX = "layer_idx" in _PARAMETERS
 
+# the cache's name among a forward's arguments and in its output: the newer one from 5.24 on
+CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
 
 # methods of generate() that may cut a prompt into chunks
 PREFILL_METHODS = ("_prefill", "_prefill_chunking")
@@ -43,7 +49,7 @@ def causal_mask(config: Any, hidden: Tensor, attention_mask: Tensor | None, cach
     seen = 0 if cache is None else cache.get_seq_length(layer)
     position = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
     view: Any = None if cache is None else _OneLayer(cache, layer)
-    return create_causal_mask(config, hidden, attention_mask, position, view)  # type: ignore[arg-type]
+    return create_causal_mask(config, hidden, attention_mask, position, view)
 
 
 def merging_module(model: Any) -> Any:
@@ -59,6 +65,28 @@ def encoded_features(output: Any) -> Any:
     return getattr(output, "pooler_output", None)
 
 
+def unmark(output: Any, survivors: Callable[[Tensor], Tensor]) -> None:
+    """Replace the image features that a model's output shows; from 5.24 on that is what the encoder returned."""
+    encoded = getattr(output, "image_outputs", None)
+    if isinstance(encoded, BaseModelOutputWithPooling) and encoded.pooler_output is not None:
+        # a copy: the caller may hold the encoder's output, and give it again
+        features: Any = [survivors(x) for x in encoded.pooler_output]
+        output.image_outputs = replace(encoded, pooler_output=features)
+    elif isinstance(states := getattr(output, "image_hidden_states", None), Tensor):
+        output.image_hidden_states = survivors(states)
+
+
+def cache_in(kwargs: dict) -> Any:
+    """The cache among a forward's keyword arguments, or None; code of others still calls it by its older name."""
+    cache = kwargs.get(CACHE)
+    return kwargs.get("past_key_values") if cache is None else cache
+
+
+def cache_out(output: Any) -> Any:
+    """The cache of a model's output, or None."""
+    return getattr(output, CACHE, None)
+
+
 def uncounted(kwargs: dict) -> dict:
     """Without `cache_position`, which counts the tokens before they were cut: the model makes its own."""
     return kwargs if kwargs.get("cache_position") is None else {**kwargs, "cache_position": None}
@@ -66,8 +94,6 @@ def uncounted(kwargs: dict) -> dict:
 
 def warmup(share: float) -> dict[str, float]:
     """TrainingArguments for a warm-up over this share of all steps; 5.x has one argument for steps and shares."""
-    from dataclasses import fields
-
     from transformers import TrainingArguments
 
     names = {field.name for field in fields(TrainingArguments)}

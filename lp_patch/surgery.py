@@ -32,7 +32,7 @@ from transformers import GenerationConfig
 from . import cache as kv
 from .attention import check_rotary, check_tappable, install_tap
 from .budget import StageBudget, default_layer, inside_budget, stage_budget
-from .compat import PREFILL_METHODS, causal_mask, uncounted
+from .compat import PREFILL_METHODS, cache_in, cache_out, causal_mask, uncounted, unmark
 from .config import PruningConfig
 from .errors import ConfigError, UnsupportedInputError
 from .install import Installation
@@ -338,10 +338,9 @@ class Surgery(Vision):
 
     @torch.compiler.disable
     def after_base(self, module: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        """No mark leaves the model: where a projector pruned, `image_hidden_states` lists the survivors."""
-        states = getattr(output, "image_hidden_states", None)
-        if isinstance(states, Tensor) and self._own_run().stages and self.parts.projector is not None:
-            output.image_hidden_states = states[~is_removed(states)]
+        """No mark leaves the model: where a projector pruned, the features in its output are the survivors."""
+        if self._own_run().stages and self.parts.projector is not None:
+            unmark(output, lambda features: features[~is_removed(features)])
 
     # ------------------------------------------------------------------ the language model
 
@@ -358,7 +357,7 @@ class Surgery(Vision):
         if embeds is not None and before.started and before.features:
             return self._prefill(run, before, args, kwargs)
         tokens = kwargs.get("input_ids") if embeds is None else embeds
-        if tokens is not None and kv.seen_tokens(kwargs.get("past_key_values")) == 0:
+        if tokens is not None and kv.seen_tokens(cache_in(kwargs)) == 0:
             given = before.embeds is not None or not before.started
             if given and embeds is not None and is_removed(embeds).any():
                 raise UnsupportedInputError(
@@ -373,7 +372,7 @@ class Surgery(Vision):
 
     def _continue(self, run: Run, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward without new visual tokens, perhaps on a pruned cache."""
-        cache, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+        cache, mask = cache_in(kwargs), kwargs.get("attention_mask")
         first = kv.pruned_layer(cache, 0)
         if first is None:
             return None
@@ -387,7 +386,7 @@ class Surgery(Vision):
 
     def _prefill(self, run: Run, before: Shown, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward with new visual tokens."""
-        embeds, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        embeds, mask, cache = kwargs["inputs_embeds"], kwargs.get("attention_mask"), cache_in(kwargs)
         batch, length = embeds.shape[:2]
         device = embeds.device
         real = torch.ones(batch, length, dtype=torch.bool, device=device)
@@ -513,7 +512,7 @@ class Surgery(Vision):
         ids = kwargs.get("position_ids")
         if ids is not None:
             return ids.to(device)
-        seen = kv.seen_tokens(kwargs.get("past_key_values"))
+        seen = kv.seen_tokens(cache_in(kwargs))
         return torch.arange(seen, seen + new, device=device)[None]
 
     def _layer_0_mask(self, run: Run, cache: Any) -> Tensor | None:
@@ -583,7 +582,7 @@ class Surgery(Vision):
         run = self._run()
         if not run.live:
             return None
-        hidden, cache = args[0], kwargs.get("past_key_values")
+        hidden, cache = args[0], cache_in(kwargs)
         # decided once: before 5.18 gradient checkpointing calls a layer's hooks again in the backward pass
         if len(run.layer_views) == index:
             if index == self.shape.layer - 1:
@@ -650,7 +649,7 @@ class Surgery(Vision):
                 "would make a wrong balancing loss. Leave it off, or remove the patch"
             )
         stages = [stage for i in range(self.shape.n_layers) if (stage := self._stage_of(run, i))]
-        cache = getattr(output, "past_key_values", None)
+        cache = cache_out(output)
         if cache is not None:
             ids = {id(stage): kv.new_history_id() for stage in run.stages}
             for index, (stage, view) in enumerate(zip(stages, run.layer_views, strict=True)):

@@ -58,6 +58,9 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     for item in items:
         item.user_properties.append(("family", matrix.family_of(item)))
+        if matrix.family_of(item) == "llava_llama":
+            # the package calls the cache by its name before transformers 5.24, which still takes it
+            item.add_marker(pytest.mark.filterwarnings("ignore:.*`past_key_values`:FutureWarning"))
 
 
 RESULTS: list[tuple[str, str, dict]] = []

@@ -6,6 +6,7 @@ different devices raises, as CUDA's do; a CPU tensor may index, and one without 
 
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from tiny import CACHE
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -61,7 +62,7 @@ class Move(ModelHook):
         def moved(x):
             return tree_map(lambda y: y.to(self.device) if isinstance(y, torch.Tensor) else y, x)
 
-        return moved(args), {name: x if name == "past_key_values" else moved(x) for name, x in kwargs.items()}
+        return moved(args), {name: x if name == CACHE else moved(x) for name, x in kwargs.items()}
 
 
 def spread(model, layers, first):

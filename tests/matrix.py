@@ -7,6 +7,8 @@ into the README. A cell is "yes" only where all its tests passed, and says what 
 import json
 from pathlib import Path
 
+from tiny import ORIGINAL_CANNOT
+
 FOLDER = Path(__file__).parent / "matrix"
 FORWARD, GENERATE, LIFE, WRAP = "test_forward.py", "test_generate.py", "test_lifecycle.py", "test_wrappers.py"
 ROWS = {
@@ -134,7 +136,10 @@ ASKED = {
     "Trainer": [f"{FAMILY}::test_trainer"],
     "copies, saving": [f"{FAMILY}::test_copies", f"{FAMILY}::test_saved_models_load_unpatched"],
 }  # fmt: skip
-NOT_ASKED = {("llava_llama", "processor, pipeline"): "not applicable: the package has no processor"}
+NOT_ASKED = {
+    ("llava_llama", "processor, pipeline"): "not applicable: the package has no processor",
+    ("llava_llama", "later turns"): ORIGINAL_CANNOT,
+}
 MEASURED = {
     "forward, float64": [f"{FAMILY}::test_{name}" for name in ("forward", "several_inputs", "padded_batch")],
     "forward, float32, eager": [f"{FAMILY}::test_eager"],

@@ -6,7 +6,7 @@ import pytest
 import torch
 from oracle import expected, generated
 from test_forward import CASES, DTYPES, split_options
-from tiny import PAD, PRE_ENCODES, V5, N, batch, images, pre_encodes, since_5, tiny_llava, tokens
+from tiny import CACHE, PAD, PRE_ENCODES, V5, N, batch, images, pre_encodes, since_5, tiny_llava, tokens
 from transformers import DynamicCache, QuantizedCache, StaticCache, TextIteratorStreamer
 
 import lp_patch
@@ -112,13 +112,13 @@ def test_second_turn_on_a_kept_cache(how, case, second):
         out = generate(model, batch([first], pixels[:1]))
         history = out.sequences[0].tolist()
         # the last generated token is not in the cache yet
-        assert out.past_key_values.get_seq_length() == len(history) - 1
+        assert out[CACHE].get_seq_length() == len(history) - 1
         ids = history + (tokens(5, seed=3) if second == "text" else tokens(2, "image", 4, seed=3))
         again = {"input_ids": torch.tensor([ids if how == "full ids" else ids[len(history) - 1 :]])}
         again["attention_mask"] = torch.ones(1, len(ids), dtype=torch.long)
         if second == "image":
             again["pixel_values"] = pixels[1:]
-        out = generate(model, again, past_key_values=out.past_key_values)
+        out = generate(model, again, **{CACHE: out[CACHE]})
     turns = [len(first)] if second == "text" else [len(first), len(ids)]
     width = len(ids) if how == "full ids" else len(ids) - len(history) + 1
     used = pixels[:1] if second == "text" else pixels
@@ -147,7 +147,7 @@ def test_manual_turns_of_a_padded_batch(case, attention):
             mask = torch.cat(masks, 1)
             position_ids = (mask.cumsum(-1) - 1).clamp(min=0)[:, seen:]
             inputs |= {"attention_mask": mask, "position_ids": position_ids}
-            out = model(**inputs, past_key_values=cache)
+            out = model(**inputs, **{CACHE: cache})
             for i in range(2):
                 got[i].append(out.logits[i][masks[-1][i].bool()])
     for i, row in enumerate(ids):
@@ -255,7 +255,7 @@ def test_static_cache(case, attention):
         width = inputs["input_ids"].shape[1]
         cache = StaticCache(config=model.config.text_config, max_cache_len=width + NEW)
         with lp_patch.applied(model, **ours):
-            out = generate(model, inputs, past_key_values=cache)
+            out = generate(model, inputs, **{CACHE: cache})
         assert int(cache.get_seq_length()) == width + NEW - 1
         for row, i in enumerate(rows):
             check_steps(model, out, row, prompts[i], own[i], width, **theirs)
@@ -267,7 +267,7 @@ def test_static_cache_is_free_at_full_budget_and_refused_where_it_cannot_be_righ
 
     def answer():
         cache = StaticCache(config=model.config.text_config, max_cache_len=64)
-        return model.generate(**inputs, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        return model.generate(**inputs, **{CACHE: cache}, max_new_tokens=3, do_sample=False)
 
     want = answer()
     with lp_patch.applied(model, tokens=N):
@@ -349,7 +349,7 @@ def test_quantised_cache_gives_a_near_answer():
     ids, pixels = tokens(3, "image", 9), images(1, dtype=torch.float32)
     cache = QuantizedCache("quanto", model.config.text_config, nbits=4, q_group_size=16)
     with lp_patch.applied(model, tokens=5):
-        out = model.generate(**batch([ids], pixels), past_key_values=cache, max_new_tokens=3, do_sample=False)
+        out = model.generate(**batch([ids], pixels), **{CACHE: cache}, max_new_tokens=3, do_sample=False)
     assert out.shape[1] == len(ids) + 3 and cache.get_seq_length() == len(ids) + 2
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from oracle import budget
 from test_qwen import CLOSE, check_second_image, check_sets, generate, oracle, split_options
+from tiny import CACHE, features_shown
 from tiny_internvl import HIDDEN, LAYERS, N, batch, prompt, tiny_internvl, visual
 
 import lp_patch
@@ -45,7 +46,7 @@ def test_forward(language, case, side):
         out = model(**inputs)
         check_sets(patch.trace, want)
         torch.testing.assert_close(out.logits[want.left], want.logits[want.left], **CLOSE)
-        assert out.image_hidden_states.shape == (8, N, HIDDEN)
+        assert features_shown(out).shape == (8 * N, HIDDEN)
         for i, row in enumerate(rows):
             alone = model(**batch([row])).logits[0]
             torch.testing.assert_close(out.logits[i][inputs["attention_mask"][i].bool()], alone, **CLOSE)
@@ -113,13 +114,13 @@ def test_second_turn_on_a_kept_cache(second, how):
         out = generate(model, batch([first]))
         one = patch.trace
         said = out.sequences[0].tolist()
-        start = 0 if how == "full ids" else out.past_key_values.get_seq_length()
+        start = 0 if how == "full ids" else out[CACHE].get_seq_length()
         again = {"input_ids": torch.tensor([(said + second["ids"])[start:]])}
         end = len(said) + len(second["ids"])
         again["attention_mask"] = torch.ones(1, end, dtype=torch.long)
         if second["tiles"]:
             again["pixel_values"] = batch([second])["pixel_values"]
-        out = generate(model, again, past_key_values=out.past_key_values)
+        out = generate(model, again, **{CACHE: out[CACHE]})
         two = patch.trace
     longer = {
         "ids": said + second["ids"] + out.sequences[0, end - start :].tolist(),
@@ -145,7 +146,7 @@ def test_nothing_to_prune_and_removal_bit_for_bit():
         full = model(**inputs, output_hidden_states=True)
         assert torch.equal(full.logits, before.logits)
         assert all(map(torch.equal, full.hidden_states, before.hidden_states))
-        assert torch.equal(full.image_hidden_states, before.image_hidden_states)
+        assert torch.equal(features_shown(full), features_shown(before))
         assert torch.equal(model.generate(**inputs, max_new_tokens=3, do_sample=False), said)
     with lp_patch.applied(model, tokens=3, layer=2):
         assert torch.equal(model(**text).logits, silent)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from oracle import generated
 from test_forward import make_pruner
-from tiny import WIDTH, batch, images, tiny_llava, tokens
+from tiny import CACHE, WIDTH, batch, images, tiny_llava, tokens
 
 import lp_patch
 
@@ -257,7 +257,7 @@ def test_report_counts_what_ran():
     model = tiny_llava()
     with lp_patch.applied(model, tokens=5) as patch:
         with torch.no_grad():
-            cache = model(**inputs_for(model), use_cache=True).past_key_values
+            cache = model(**inputs_for(model), use_cache=True)[CACHE]
         report = patch.report()
     stored = [layer.keys.shape[2] for layer in cache.layers]
     assert stored == [3 + 9 + 9] * 2 + [3 + 9 + 3] * 4
@@ -275,7 +275,7 @@ def test_cache_operations_on_short_layers():
     inputs = batch([tokens(3, "image", 9), tokens(2, "image", 4, "image", 3, seed=1)], images(3))
     inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
     with lp_patch.applied(model, tokens=5), torch.no_grad():
-        cache = model(**inputs, use_cache=True).past_key_values
+        cache = model(**inputs, use_cache=True)[CACHE]
         width = inputs["input_ids"].shape[1]
         step = {"input_ids": torch.tensor([[7], [8]]), "attention_mask": torch.ones(2, width + 1)}
         step["attention_mask"][:, :width] = inputs["attention_mask"]
@@ -284,7 +284,7 @@ def test_cache_operations_on_short_layers():
             cache = copy.deepcopy(cache)
             chosen = {name: value[rows] for name, value in step.items()}
             chosen["position_ids"] = (chosen["attention_mask"].cumsum(-1) - 1)[:, -1:].long()
-            return model(**chosen, past_key_values=cache).logits
+            return model(**chosen, **{CACHE: cache}).logits
 
         want = again(cache, [0, 1])
         for change, rows in [
@@ -303,19 +303,19 @@ def test_cache_operations_on_short_layers():
             "attention_mask": inputs["attention_mask"],
             "position_ids": (inputs["attention_mask"].cumsum(-1) - 1)[:, -2:],
         }
-        model(**back, past_key_values=cropped)
+        model(**back, **{CACHE: cropped})
         torch.testing.assert_close(again(cropped, [0, 1]), want, rtol=1e-5, atol=1e-5)
         with pytest.raises(lp_patch.UnsupportedInputError, match="-3 to 0"):
             copy.deepcopy(cache).crop(-4)
         lp_patch.remove(model)
-        stock = model(**batch([tokens(4)], None), use_cache=True).past_key_values
+        stock = model(**batch([tokens(4)], None), use_cache=True)[CACHE]
         stock.reset()
         if stock.get_seq_length() > 0:
             return  # older resets zero the entries and keep their number
         lp_patch.apply(model, tokens=5)
         cache.reset()
         assert cache.get_seq_length() == 0
-        torch.testing.assert_close(model(**inputs, past_key_values=cache).logits, model(**inputs).logits)
+        torch.testing.assert_close(model(**inputs, **{CACHE: cache}).logits, model(**inputs).logits)
 
 
 def test_compile_does_not_miss_a_later_patch():

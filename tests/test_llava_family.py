@@ -5,6 +5,7 @@ import pytest
 import torch
 from masked import expected
 from PIL import Image
+from tiny import CACHE, features_shown
 from tiny_llava_family import (
     CLASSES,
     FRAMES,
@@ -232,7 +233,7 @@ def test_text_turn_on_the_kept_cache(family, case):
         more = [*first.sequences[0, len(one.ids) :].tolist(), 9, 11, 13]
         ids = torch.tensor([[*one.ids, *more]])
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        out = generate(model, turn, past_key_values=first.past_key_values)
+        out = generate(model, turn, **{CACHE: first[CACHE]})
     check_steps(out, 0, model, one, ids.shape[1], more, **theirs)
 
 
@@ -249,7 +250,7 @@ def test_turn_with_pictures_on_the_kept_cache(family, case):
         both = joined([one, said, two])
         ids = torch.tensor([both.ids])
         turn = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **two.shown}
-        out = generate(model, turn, past_key_values=first.past_key_values)
+        out = generate(model, turn, **{CACHE: first[CACHE]})
     new = out.sequences[0, ids.shape[1] :].tolist()
     then, now = both.visual[: len(one.visual)], both.visual[len(one.visual) :]
     given = {"structural": [both.structural], **theirs}
@@ -292,9 +293,9 @@ def test_full_budget_and_text_alone_are_untouched_bit_for_bit(family):
             assert torch.equal(generate(model, inputs).sequences, said.sequences)
         assert torch.equal(got.logits, plain.logits)
         assert all(map(torch.equal, got.hidden_states, plain.hidden_states))
-        for name in ("image_hidden_states", "video_hidden_states"):
-            if plain.get(name) is not None:
-                assert torch.equal(got[name], plain[name])
+        for name, modality in {"pixel_values": "image", "pixel_values_videos": "video"}.items():
+            if name in inputs:
+                assert torch.equal(features_shown(got, modality), features_shown(plain, modality))
         assert patch.trace.stage2[0].tolist() == list(range(patch.trace.visual_tokens[0]))
 
 

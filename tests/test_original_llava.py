@@ -1,19 +1,17 @@
 """LLaVA in its authors' own package, whose method merges before generate(), against the masked oracle.
 
-The package pins torch and transformers of 2023; without its pins (`pip install --no-deps`) it runs with transformers 5,
-and with 4.57 its forward alone does.
+The package pins torch and transformers of 2023; without its pins (`pip install --no-deps`) it runs with transformers 5
+before 5.24, and with 4.57 and 5.24 its forward alone does.
 """
 
 import pytest
 import torch
-from tiny import V5, N
+from tiny import CACHE, ORIGINAL_GENERATES, N
 from tiny_original import IMAGE, WIDTH, Grown, padded, pictures_of, tiny
 
 import lp_patch
 
-generates = pytest.mark.skipif(
-    not V5, reason="with this transformers the package cannot generate: its forward takes no cache_position"
-)
+generates = pytest.mark.skipif(not ORIGINAL_GENERATES, reason="with this transformers the package cannot generate")
 
 NEW = 4
 CLOSE = {"rtol": 1e-4, "atol": 1e-5, "check_dtype": False}  # generate() hands out float32 logits
@@ -79,6 +77,14 @@ def test_forward(case, side):
             })  # fmt: skip
 
 
+@pytest.mark.skipif(CACHE != "cache", reason="before transformers 5.24 it can")
+def test_from_5_24_on_the_package_cannot_generate_unpatched():
+    """Once this fails, `tiny.ORIGINAL_GENERATES` and the README's table are wrong."""
+    assert not ORIGINAL_GENERATES
+    with pytest.raises(TypeError, match="unexpected keyword argument 'cache'"):
+        generate(tiny(), torch.tensor([[5, 6, 7, 8]]))
+
+
 @generates
 @pytest.mark.parametrize("case", ["default", "learned", "wipe", "compact"])
 def test_generate(case):
@@ -136,7 +142,7 @@ def test_text_turn_on_the_kept_cache(case):
         out = generate(model, torch.tensor(rows), images=given)
         more = [*out.sequences[0].tolist(), 21, 22, 23]
         again = torch.tensor([[*rows[0], *more]])
-        out = generate(model, again, images=given, past_key_values=out.past_key_values)
+        out = generate(model, again, images=given, **{CACHE: out[CACHE]})
     grown = Grown(model, rows, pictures, "left", new=torch.tensor([[*more, *out.sequences[0].tolist()]]))
     logits = grown.want(**theirs).logits[:, -NEW - 1 : -1]
     torch.testing.assert_close(torch.stack(out.logits, dim=1), logits, **CLOSE)
@@ -152,7 +158,7 @@ def test_full_budget_text_and_removal_bit_for_bit():
 
     def run():
         found = [model(ids, attention_mask=mask, images=given).logits, model(text).logits]
-        if V5:
+        if ORIGINAL_GENERATES:
             found += [
                 generate(model, ids, images=given, attention_mask=mask).sequences,
                 generate(model, text).sequences,

@@ -12,6 +12,7 @@ from masked import expected
 from PIL import Image
 from test_internvl import with_positions
 from test_qwen import CLOSE, check_second_image, check_sets, generate, split_options
+from tiny import CACHE
 from tiny_internvl import SIDE, tiny_internvl
 from tiny_qwen import KINDS, PATCH, tiny_qwen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -126,7 +127,7 @@ def test_second_turn_on_a_kept_cache(kind, second):
         again = {**others.batch(kind, [second]), "input_ids": torch.tensor([said + second["ids"]])}
         again |= {"attention_mask": torch.ones(1, end, dtype=torch.long)}
         del again["position_ids"]
-        out = generate(model, again, past_key_values=out.past_key_values)
+        out = generate(model, again, **{CACHE: out[CACHE]})
         two = patch.trace
     longer = {name: first[name] + second[name] for name in ("images", "sizes")}
     longer["ids"] = said + second["ids"] + out.sequences[0, end:].tolist()

@@ -6,6 +6,7 @@ import pytest
 import torch
 from masked import attention_map, chosen_before, chosen_inside, expected, masked_logits, merged
 from oracle import budget
+from tiny import CACHE
 from tiny_qwen import DEEPSTACK, HIDDEN, KINDS, LAYERS, batch, prompt, tiny_qwen, visual
 
 import lp_patch
@@ -137,11 +138,11 @@ def test_second_text_turn_on_a_kept_cache(kind, case, how):
     first = prompt(kind, 3, ("image", 3, 4), 2, ("video", 2, 2, 3), 5)
     with lp_patch.applied(model, **ours):
         out = generate(model, batch([first]))
-        assert out.past_key_values.get_seq_length() == out.sequences.shape[1] - 1
+        assert out[CACHE].get_seq_length() == out.sequences.shape[1] - 1
         ids = out.sequences[0].tolist() + prompt(kind, 5, seed=7)["ids"]
-        start = 0 if how == "full ids" else out.past_key_values.get_seq_length()
+        start = 0 if how == "full ids" else out[CACHE].get_seq_length()
         again = {"input_ids": torch.tensor([ids[start:]]), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
-        out = generate(model, again, past_key_values=out.past_key_values)
+        out = generate(model, again, **{CACHE: out[CACHE]})
     new = out.sequences[0, len(ids) - start :].tolist()
     whole = joined(kind, first, said(kind, ids[len(first["ids"]) :] + new))
     want = oracle(model, batch([whole]), visual([whole]), end=len(first["ids"]), **theirs)
@@ -193,7 +194,7 @@ def test_second_turn_with_a_new_image(kind):
         again = batch([whole])
         again["position_ids"] = positions_of(model, again)
         again |= {name: batch([second])[name] for name in ("pixel_values", "image_grid_thw")}
-        out = generate(model, again, past_key_values=out.past_key_values)
+        out = generate(model, again, **{CACHE: out[CACHE]})
         traces = one, patch.trace
     end = len(whole["ids"])
     longer = joined(kind, whole, said(kind, out.sequences[0, end:].tolist()))

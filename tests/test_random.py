@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import expected
-from tiny import N, batch, images, tiny_llava, tokens
+from tiny import CACHE, N, batch, images, tiny_llava, tokens
 
 import lp_patch
 
@@ -57,7 +57,7 @@ def test_against_the_oracle(rows, options, heads, side, cache, steps, seed):
     inputs = batch(prompts, pixels, side)
     mask = inputs["attention_mask"]
     inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
-    extra = {"use_cache": cache != "none"} | ({"past_key_values": DynamicCache()} if cache == "given" else {})
+    extra = {"use_cache": cache != "none"} | ({CACHE: DynamicCache()} if cache == "given" else {})
     with lp_patch.applied(model, **ours) as patch, torch.no_grad():
         out = model(**inputs, **extra)
         got = [[out.logits[i][mask[i].bool()]] for i in range(len(rows))]
@@ -68,7 +68,7 @@ def test_against_the_oracle(rows, options, heads, side, cache, steps, seed):
                 input_ids=torch.tensor([[token] for token in column]),
                 attention_mask=seen,
                 position_ids=(seen.cumsum(-1) - 1)[:, -1:],
-                past_key_values=out.past_key_values,
+                **{CACHE: out[CACHE]},
             )
             for i in range(len(rows)):
                 got[i].append(out.logits[i])

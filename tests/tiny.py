@@ -1,5 +1,7 @@
 """Tiny random models and inputs, built from configs: nothing is downloaded."""
 
+import inspect
+
 import pytest
 import torch
 import transformers
@@ -8,6 +10,11 @@ from transformers import CLIPVisionConfig, GenerationMixin, LlamaConfig, LlavaCo
 # what older transformers cannot do themselves, patched or not
 PRE_ENCODES = hasattr(GenerationMixin, "_expand_multimodal_outputs")  # images before the prefill, repeated by prompt
 V5 = int(transformers.__version__.split(".")[0]) >= 5
+# the cache's name among a forward's arguments and in its output: the newer one from 5.24 on
+(CACHE,) = {"cache", "past_key_values"} & set(inspect.signature(LlavaForConditionalGeneration.forward).parameters)
+# llava-torch's forward takes what generate() passes: neither transformers 4's cache_position nor a cache of that name
+ORIGINAL_GENERATES = V5 and CACHE != "cache"
+ORIGINAL_CANNOT = "not applicable: from transformers 5.24 on the package itself cannot generate"
 since_5 = pytest.mark.skipif(not V5, reason="transformers 4 generates on a kept cache otherwise")
 pre_encodes = pytest.mark.skipif(not PRE_ENCODES, reason="this transformers takes no encoded features")
 
@@ -19,6 +26,13 @@ SIDE = 6  # patches per side
 N = SIDE * SIDE  # visual tokens of an image
 LAYERS = 6
 WIDTH = 24  # of the vision features
+
+
+def features_shown(out, modality="image"):
+    """The features (V, C) that a model's output shows; from 5.24 on they stand there one by one."""
+    if f"{modality}_outputs" in out:
+        return torch.cat([x.flatten(0, -2) for x in out[f"{modality}_outputs"].pooler_output])
+    return out[f"{modality}_hidden_states"].flatten(0, -2)
 
 
 def tiny_llava(seed=0, kv_heads=4, layers=LAYERS, dtype=torch.float64, attention="sdpa", **text):

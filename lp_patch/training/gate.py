@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
 from ..attention import check_tappable, install_attention
-from ..compat import checkpoint_layers
+from ..compat import cache_in, checkpoint_layers
 from ..errors import ConfigError, UnsupportedInputError
 from ..install import Installation, forget_compiled
 from ..pruner import LearnablePruner, resolve_pruner
@@ -87,7 +87,7 @@ class Gate(Vision):
             raise UnsupportedInputError(
                 f"training needs the 2-D attention mask (batch, tokens), got {tuple(attention_mask.shape)}"
             )
-        if kwargs.get("past_key_values") is not None and kwargs["past_key_values"].get_seq_length() > 0:
+        if (cache := cache_in(kwargs)) is not None and cache.get_seq_length() > 0:
             raise UnsupportedInputError("training needs whole prompts in one forward, got a cache that holds tokens")
         real = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         if attention_mask is not None:
