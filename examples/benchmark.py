@@ -88,6 +88,18 @@ SETTINGS = [
     *(Setting(tokens, batch=4, pairs=3) for tokens in (64, 32)),
     Setting(64, images=5, pairs=3),
 ]
+# a GPU waits for launches on short prompts: more of the long ones, and of batches
+GPU_SETTINGS = [
+    Setting(32),
+    Setting(64),
+    Setting(32, images=5, pairs=5),
+    Setting(32, batch=8, pairs=5),
+    Setting(32, scorer="learned"),
+    Setting(32, images=5, batch=4, pairs=3),
+    Setting(PER_IMAGE, pairs=12),
+    Setting(64, images=5, pairs=5),
+    Setting(64, batch=8, pairs=5),
+]
 QUICK_SETTINGS = [
     Setting(64, pairs=2),
     Setting(32, scorer="learned", pairs=2),
@@ -633,7 +645,8 @@ def main() -> None:
 
     stem = "profile" if options.profile else "benchmark"
     output = options.output or RESULTS / f"{stem}_{options.device.split(':')[0]}.csv"
-    settings = QUICK_SETTINGS if options.quick else SETTINGS
+    usual = GPU_SETTINGS if options.device.startswith("cuda") else SETTINGS
+    settings = QUICK_SETTINGS if options.quick else usual
     model = build(options.size, options.device, dtype)
     if options.device == "cpu":
         memory_of = partial(in_fresh_process, options.size, options.dtype, {})

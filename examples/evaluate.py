@@ -34,56 +34,60 @@ from retention import (
     BUDGETS,
     COLUMNS,
     DIVERSITIES,
+    LAYERS,
     NO_STAGE_1,
     ORACLE,
     RESULTS,
     SPLITS,
     TESTBED,
-    TEXT,
     TYPES,
     Cell,
     base,
+    depths,
     kinds,
     load,
     publish,
     questions,
     save,
+    spread_cls,
+    text_mode,
     to_hex,
     wilson,
 )
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoConfig, AutoProcessor, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import lp_patch
 from lp_patch import strategies
 
-LAYERS, TOKENS = 6, 576  # of the testbed model
+TOKENS = 576  # of the testbed's pictures
 PICTURES = 8  # encoded and asked about at once; "random" draws anew for each batch
 
 # ---------------------------------------------------------------------- what is measured
 
 
-def main_group(learned: list[Cell]) -> list[Cell]:
+def main_group(learned: list[Cell], layers: int = LAYERS) -> list[Cell]:
     """Every strategy of the catalogue and every pruner, alone and with text; what bounds them; no stage 1 at all."""
     names = [x.name for x in strategies.SCORERS.values() if not (x.needs_pruner or x.keeps_all or x.name == ORACLE)]
-    starts = [*map(base, names), *trained(learned)]
-    cells = [replace(x, tokens=t, **mode) for x in starts for t in BUDGETS for mode in (ALONE, TEXT)]
+    starts = [*map(base, names), spread_cls(), *trained(learned)]
+    cells = [replace(x, tokens=t, **mode) for x in starts for t in BUDGETS for mode in (ALONE, text_mode(layers))]
     cells += [replace(base(ORACLE), tokens=t) for t in BUDGETS] + [Cell(name) for name in BLIND]
     # after one whole layer, the earliest cut; that layer costs an average of 96 tokens, and the budget must exceed it
-    whole = [Cell(NO_STAGE_1, tokens=t, stage_ratio=None, layer=1) for t in BUDGETS if t > TOKENS / LAYERS]
+    whole = [Cell(NO_STAGE_1, tokens=t, stage_ratio=None, layer=1) for t in BUDGETS if t > TOKENS / layers]
     return cells + [replace(x, text_scorer=name) for name in strategies.TEXT_SCORERS for x in whole]
 
 
-def ladder(learned: list[Cell]) -> list[Cell]:
+def ladder(learned: list[Cell], layers: int = LAYERS) -> list[Cell]:
     """[CLS] attention; the trained module instead; text attention on top, at equal budgets."""
-    steps = [base("cls"), *learned, *(replace(x, **TEXT) for x in learned)]
+    steps = [base("cls"), *learned, *(replace(x, **text_mode(layers)) for x in learned)]
     return [replace(x, tokens=t) for x in steps for t in BUDGETS]
 
 
-def training(learned: list[Cell]) -> list[Cell]:
+def training(learned: list[Cell], layers: int = LAYERS) -> list[Cell]:
     """Pruners of other data and objectives."""
-    return [replace(x, tokens=t, **mode) for x in trained(learned) for t in (64, 32, 16) for mode in (ALONE, TEXT)]
+    modes = ALONE, text_mode(layers)
+    return [replace(x, tokens=t, **mode) for x in trained(learned) for t in (64, 32, 16) for mode in modes]
 
 
 def trained(learned: list[Cell]) -> list[Cell]:
@@ -92,19 +96,29 @@ def trained(learned: list[Cell]) -> list[Cell]:
     return [base(name, x.pruner) for name in names for x in learned]
 
 
-def sweep(settings: list[dict], extra: str) -> Callable[[list[Cell]], list[Cell]]:
-    """Variants of the full method at 64 and 32 tokens, for the pruners and one more scorer."""
-    full = [{**TEXT, **setting, "tokens": t} for setting in settings for t in (64, 32)]
-    return lambda learned: [replace(x, **options) for x in [base(extra), *learned] for options in full]
+Group = Callable[[list[Cell], int], list[Cell]]
 
 
-GROUPS: dict[str, Callable[[list[Cell]], list[Cell]]] = {
+def sweep(settings: Callable[[int], list[dict]], extra: str) -> Group:
+    """Variants of the full method at 64 and 32 tokens, for the pruners and one more scorer; settings by depth."""
+
+    def cells(learned: list[Cell], layers: int = LAYERS) -> list[Cell]:
+        full = [{**text_mode(layers), **setting, "tokens": t} for setting in settings(layers) for t in (64, 32)]
+        return [replace(x, **options) for x in [base(extra), *learned] for options in full]
+
+    return cells
+
+
+TEXT_SCORERS = [{"text_scorer": x.name} for x in strategies.TEXT_SCORERS.values() if not x.alone]
+GROUPS: dict[str, Group] = {
     "main": main_group,
     "ladder": ladder,
-    "layer": sweep([{"layer": k} for k in range(1, LAYERS)], "diversity"),
-    "ratio": sweep([ALONE, *({"stage_ratio": r} for r in (1.5, 2.0, 3.0, 4.0))], "diversity"),
-    "diversity": sweep([{**m, "diversity": x} for m in (ALONE, TEXT) for x in DIVERSITIES], "cls"),
-    "text": sweep([{"text_scorer": x.name} for x in strategies.TEXT_SCORERS.values() if not x.alone], "diversity"),
+    "layer": sweep(lambda layers: [{"layer": k} for k in depths(layers)], "diversity"),
+    "ratio": sweep(lambda layers: [ALONE, *({"stage_ratio": r} for r in (1.5, 2.0, 3.0, 4.0))], "diversity"),
+    "diversity": sweep(
+        lambda layers: [{**m, "diversity": x} for m in (ALONE, text_mode(layers)) for x in DIVERSITIES], "cls"
+    ),
+    "text": sweep(lambda layers: TEXT_SCORERS, "diversity"),
     "training": training,
 }
 
@@ -171,8 +185,10 @@ class Testbed:
         splits: tuple[str, ...] = SPLITS,
         limit: int | None = None,
         dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
     ) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
+        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().to(device)
+        self.layers = self.model.config.text_config.num_hidden_layers
         self.processor = AutoProcessor.from_pretrained(folder)
         self.pruners = {label: lp_patch.LearnablePruner.from_pretrained(path) for label, path in pruners.items()}
         self.foreground = questions("foreground")
@@ -187,8 +203,8 @@ class Testbed:
             paths = [TESTBED / "evaluation" / "pictures" / name for name in self.names[start : start + PICTURES]]
             images = [Image.open(path).convert("RGB") for path in paths]
             pixels = self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]
-            yield pixels.to(self.model.dtype)
-        yield torch.zeros_like(pixels[:1], dtype=self.model.dtype)
+            yield pixels.to(self.model.device, self.model.dtype)
+        yield torch.zeros_like(pixels[:1]).to(self.model.device, self.model.dtype)
 
     def _batches(self, names: list[str]) -> Iterator[Batch]:
         """The questions on these pictures, in the order of `questions.json`."""
@@ -202,7 +218,7 @@ class Testbed:
                 [self.names.index(name) for name in some],
                 [self.names.index(following[name]) for name in some],
                 [some.index(x["picture"]) for x in asked],
-                dict(self.processor.tokenizer(texts, padding=True, return_tensors="pt")),
+                dict(self.processor.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)),
             )
 
     @torch.inference_mode()
@@ -218,7 +234,8 @@ class Testbed:
             self._tell(batch, given["seed"])
         with lp_patch.applied(self.model, **given) if given else nullcontext() as patch:
             # stage 1 sees each picture once, its questions share what is left
-            features = self.model.get_image_features(torch.tensor(shown), return_dict=True)
+            numbers = torch.tensor(shown, device=self.model.device)
+            features = self.model.get_image_features(numbers, return_dict=True)
             features.pooler_output = [features.pooler_output[row] for row in batch.rows]
             encoded = {"image": features}
             output = self.model.generate(**batch.prompt, mm_encoder_outputs=encoded, max_new_tokens=3, do_sample=False)
@@ -231,7 +248,8 @@ class Testbed:
         scores = torch.rand(len(batch.pictures), TOKENS, generator=torch.Generator().manual_seed(seed))
         for row, picture in enumerate(batch.pictures):
             scores[row, self.foreground[self.names[picture]]] += 1
-        scorer = strategies.Scorer(name=ORACLE, source="the testbed's labels", score=lambda given: scores)
+        scores = scores.to(self.model.device)
+        scorer = strategies.Scorer(ORACLE, "the testbed's labels", score=lambda given: scores)
         strategies.SCORERS[ORACLE] = scorer
 
     def measure(self, cell: Cell, split: str) -> dict:
@@ -246,7 +264,7 @@ class Testbed:
                 for kind in kinds(question):
                     types[kind].append(right[question["id"]])
                 if trace is not None:
-                    average.append(sum(trace.tokens_per_layer[row]) / LAYERS)
+                    average.append(sum(trace.tokens_per_layer[row]) / self.layers)
                     foreground.append(recall(trace.stage1[row], self.foreground[question["picture"]]))
                     relevant.append(recall(trace.stage2[row], question["relevant"]))
         correct = [right[x["id"]] for x in questions() if x["id"] in right]
@@ -293,7 +311,7 @@ def wanted(args: argparse.Namespace) -> list[Cell]:
     learned = [base("learned", label) for label in args.pruners]
     found = [Cell("full")]
     for name in args.groups:
-        cells = [cell for cell in GROUPS[name](learned) if cell.tokens in (*args.budgets, TOKENS)]
+        cells = [cell for cell in GROUPS[name](learned, args.layers) if cell.tokens in (*args.budgets, TOKENS)]
         if not cells:
             raise SystemExit(f"group {name!r} has no cell here: add --pruners LABEL=FOLDER ..., or other --budgets")
         found += cells
@@ -314,7 +332,7 @@ TESTBEDS: list[Testbed] = []  # a worker's own
 def start(args: argparse.Namespace) -> None:
     """A worker's first act."""
     torch.set_num_threads(args.threads)
-    TESTBEDS.append(Testbed(args.model, args.pruners, args.splits, args.limit, getattr(torch, args.dtype)))
+    TESTBEDS.append(Testbed(args.model, args.pruners, args.splits, args.limit, getattr(torch, args.dtype), args.device))
 
 
 def work(cell: Cell, split: str) -> tuple[dict, float]:
@@ -328,7 +346,7 @@ def measure(args: argparse.Namespace) -> None:
     common = {
         "model_sha256": digest(args.model / "model.safetensors"),
         "dtype": args.dtype,
-        "device": f"{device_name('cpu')}, CPU",
+        "device": device_name(args.device) + (", CPU" if args.device == "cpu" else ""),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "lp_patch": lp_patch.__version__,
@@ -395,6 +413,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0, help="for strategies that draw")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--limit", type=int, help="pictures a split, for a quick look; needs another --output")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--threads", type=int, default=1, help="of each process")
@@ -403,9 +422,10 @@ def main() -> None:
     args.pruners = dict(args.pruners)
     if args.limit and args.output == RESULTS:
         parser.error("--limit needs --output: a part of the questions must not replace all of them")
+    args.layers = AutoConfig.from_pretrained(args.model).text_config.num_hidden_layers
     if not args.tables:
         measure(args)
-    publish(args.output)
+    publish(args.output, args.layers)
 
 
 if __name__ == "__main__":

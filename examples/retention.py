@@ -21,6 +21,8 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 
+from lp_patch.budget import default_layer
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
@@ -34,10 +36,10 @@ BLIND = ("grey picture", "wrong picture")
 ORACLE = "oracle"
 NO_STAGE_1 = "none"  # the library's name for it
 ALONE = {"stage_ratio": 1.0, "layer": None, "text_scorer": None}
-TEXT = {"stage_ratio": 3.0, "layer": 2, "text_scorer": "text"}  # the library's defaults on six decoder layers
-MODES = ((ALONE, "stage 1 alone"), (TEXT, "stage 1 + text"))
+LAYERS = 6  # of the testbed model
 ORDER = ("random", "uniform", "cls", "diversity", "vispruner", "visionzip", "hiprune", "covering", "learned")
 DIVERSITIES = (0.0, 0.1, 0.2, 0.5, 1.0)
+TENTH = 0.1  # the library's default share of diversity
 DRAWS = 10_000
 LEGEND = textwrap.fill(
     "Cells: accuracy in % / share of the accuracy with all tokens in % (its 95 % interval: bootstrap over the "
@@ -46,6 +48,20 @@ LEGEND = textwrap.fill(
     "before single answers were kept; a dash was not measured.",
     120,
 )
+
+
+def text_mode(layers: int) -> dict:
+    """Both stages as the library's defaults have them on so many decoder layers."""
+    return {"stage_ratio": 3.0, "layer": default_layer(layers), "text_scorer": "text"}
+
+
+TEXT = text_mode(LAYERS)
+
+
+def depths(layers: int) -> range:
+    """The layers of a sweep: about six, the default among them."""
+    step = max(1, layers // 6)
+    return range(default_layer(layers) % step or step, layers, step)
 
 
 @dataclass(frozen=True)
@@ -81,6 +97,8 @@ class Cell:
             return f"{self.text_scorer}, no stage 1"
         if self.scorer == "learned":
             return self.pruner or self.scorer
+        if self.scorer == "cls" and self.diversity:
+            return f"cls, {self.diversity:.0%} diverse"
         return f"{self.scorer}, {self.pruner}" if self.pruner not in (None, "learned") else self.scorer
 
     @property
@@ -118,9 +136,14 @@ COLUMNS = (
 )
 
 
+def spread_cls() -> Cell:
+    """[CLS] attention with the library's default share of diversity: the strongest of what needs no training."""
+    return replace(base("cls"), diversity=TENTH)
+
+
 def base(scorer: str, pruner: str | None = None) -> Cell:
     """A method's cell without a budget: the learned one with the paper's share of diversity, the others plain."""
-    return Cell(scorer, pruner, diversity={"learned": 0.1, "diversity": None, "full": None}.get(scorer, 0.0))
+    return Cell(scorer, pruner, diversity={"learned": TENTH, "diversity": None, "full": None}.get(scorer, 0.0))
 
 
 # ---------------------------------------------------------------------- rows
@@ -227,15 +250,19 @@ def difference(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
 
 
 class Results:
-    """The rows of a CSV, found by cell; those of several seeds together."""
+    """The rows of a CSV, found by cell; those of several seeds together. `layers`: the model's."""
 
-    def __init__(self, rows: list[dict[str, str]]) -> None:
+    def __init__(self, rows: list[dict[str, str]], layers: int = LAYERS) -> None:
+        self.layers = layers
+        self.both = text_mode(layers)
+        self.modes = ((ALONE, "stage 1 alone"), (self.both, "stage 1 + text"))
         self.rows: dict[tuple[str, Cell], list[dict[str, str]]] = {}
         for row in rows:
             self.rows.setdefault((row["split"], Cell.of(row).family), []).append(row)
         cells = sorted({cell for _, cell in self.rows}, key=place)
         # methods that have a budget and a stage 1, without the budget
-        starts = [base(x.scorer, x.pruner) for x in cells if x.scorer not in ("full", NO_STAGE_1, ORACLE, *BLIND)]
+        plain = [x for x in cells if x.scorer not in ("full", NO_STAGE_1, ORACLE, *BLIND)]
+        starts = [y for x in plain for y in (base(x.scorer, x.pruner), *([spread_cls()] if x.scorer == "cls" else []))]
         self.methods = [x for x in dict.fromkeys(starts) if x.pruner in (None, "learned")]
         self.variants = [x for x in dict.fromkeys(starts) if x.pruner not in (None, "learned")]
         beside = [x.text_scorer for x in cells if x.text_scorer and x.scorer != NO_STAGE_1]
@@ -298,32 +325,38 @@ def testbed_tables(results: Results) -> str:
     """What was measured, for the testbed's README; sweeps and types on the seen styles alone."""
     lines = [line for split in SPLITS for line in _split_tables(results, split)]
     seen = SPLITS[0]
-    for mode, title in MODES:
+    for mode, title in results.modes:
         cells = [replace(x, tokens=t, **mode) for t in (64, 32) for x in results.methods]
         found = [(f"{x.method}, {x.tokens}", [results.by_type(seen, x, kind) for kind in TYPES]) for x in cells]
         lines += headed("By question type, seen styles, " + title, grid("method, tokens", TYPES, found))
     lines += headed("Differences between two methods on the same questions, seen styles", _differences(results, seen))
+    return "\n".join([*lines, *_sweeps(results, seen)]).rstrip()
+
+
+def _sweeps(results: Results, seen: str) -> list[str]:
+    """One option after the other, at 64 and 32 tokens; ways of training."""
+    lines: list[str] = []
     sweeps = {
-        "Decoder layers before the cut (k), both stages": [(str(k), {"layer": k}) for k in range(1, 6)],
+        "Decoder layers before the cut (k), both stages": [(str(k), {"layer": k}) for k in depths(results.layers)],
         "R1 : R2": [("1", ALONE), *((str(r), {"stage_ratio": float(r)}) for r in (1.5, 2, 3, 4))],
         "Share of diversity in stage 1, stage 1 alone": [(str(x), {**ALONE, "diversity": x}) for x in DIVERSITIES],
         "Share of diversity in stage 1, both stages": [(str(x), {"diversity": x}) for x in DIVERSITIES],
         "Who asks in stage 2": [(x, {"text_scorer": x}) for x in results.text_scorers],
     }
     for title, settings in sweeps.items():
-        found = [
-            (f"{x.method}, {t}", [results.text(seen, replace(x, **{**TEXT, **y, "tokens": t})) for _, y in settings])
-            for t in (64, 32)
-            for x in results.methods
-        ]
+        found = []
+        for t in (64, 32):
+            for x in results.methods:
+                cells = [replace(x, **{**results.both, **y, "tokens": t}) for _, y in settings]
+                found.append((f"{x.method}, {t}", [results.text(seen, cell) for cell in cells]))
         # a method that was not swept has a cell or two all the same
         found = [(name, cells) for name, cells in found if "-" not in cells and len(cells) > 1]
         lines += headed(f"{title}, seen styles", grid("method, tokens", [name for name, _ in settings], found))
     variants = [base("learned", "learned"), *results.variants] if results.variants else []
-    for mode, title in MODES:
+    for mode, title in results.modes:
         found = [(x.method, [results.text(seen, replace(x, tokens=t, **mode)) for t in (64, 32, 16)]) for x in variants]
         lines += headed(f"Ways of training, seen styles, {title}", grid("pruner", (64, 32, 16), found))
-    return "\n".join(lines).rstrip()
+    return lines
 
 
 def _split_tables(results: Results, split: str) -> list[str]:
@@ -337,7 +370,7 @@ def _split_tables(results: Results, split: str) -> list[str]:
     recalls = "Object patches that stage 1 keeps / patches asked about that are left in the end, %,"
     for column, title in (("text", "Accuracy"), ("shares", recalls)):
         tables = []
-        for mode, stages in MODES:
+        for mode, stages in results.modes:
             last = [base(ORACLE)] if mode is ALONE else results.in_llm
             cells = [(x.method, [replace(x, tokens=t, **mode) for t in BUDGETS]) for x in results.methods]
             cells += [(x.method, [replace(x, tokens=t) for t in BUDGETS]) for x in last]
@@ -350,13 +383,17 @@ def _split_tables(results: Results, split: str) -> list[str]:
 def _differences(results: Results, split: str) -> list[str]:
     """Accuracy of one method minus another's, in points, with its interval."""
     cls, free, learned = base("cls"), base("diversity"), base("learned", "learned")
+    covering, spread, both = base("covering", "learned"), spread_cls(), results.both
     pairs = {
         "learned - cls, stage 1 alone": (learned, cls, ALONE, ALONE),
         "learned - diversity, stage 1 alone": (learned, free, ALONE, ALONE),
-        "learned: text - stage 1 alone": (learned, learned, TEXT, ALONE),
-        "learned - cls, stage 1 + text": (learned, cls, TEXT, TEXT),
-        "learned - diversity, stage 1 + text": (learned, free, TEXT, TEXT),
-        "diversity: text - stage 1 alone": (free, free, TEXT, ALONE),
+        "learned: text - stage 1 alone": (learned, learned, both, ALONE),
+        "learned - cls, stage 1 + text": (learned, cls, both, both),
+        f"learned - {spread.method}, stage 1 + text": (learned, spread, both, both),
+        "learned - diversity, stage 1 + text": (learned, free, both, both),
+        f"covering - {spread.method}, stage 1 + text": (covering, spread, both, both),
+        "covering - learned, stage 1 + text": (covering, learned, both, both),
+        "diversity: text - stage 1 alone": (free, free, both, ALONE),
     }
     lines = []
     for name, (x, y, of_x, of_y) in pairs.items():
@@ -378,7 +415,7 @@ def readme_table(results: Results) -> str:
     """The small table of the main README."""
     seen, (full, *_) = SPLITS[0], results.rows[SPLITS[0], Cell("full")]
     low, high = (100 * float(full[x]) for x in ("low", "high"))
-    columns = [(t, mode, title) for t in (32, 16) for mode, title in MODES]
+    columns = [(t, mode, title) for t in (32, 16) for mode, title in results.modes]
     found = [
         (x.method, [results.text(seen, replace(x, tokens=t, **mode)) for t, mode, _ in columns])
         for x in results.methods
@@ -396,6 +433,25 @@ def readme_table(results: Results) -> str:
     return "\n".join(lines)
 
 
+def large_table(results: Results) -> str:
+    """The small table of the main README, for the larger language model."""
+    seen, (full, *_) = SPLITS[0], results.rows[SPLITS[0], Cell("full")]
+    columns = [(t, mode, title) for t in (32, 16) for mode, title in results.modes]
+    found = [
+        (x.method, [results.text(seen, replace(x, tokens=t, **mode)) for t, mode, _ in columns])
+        for x in results.methods
+    ]
+    lines = grid("tokens", [f"{t}, {title}" for t, _, title in columns], found)
+    return "\n".join([f"All 576 tokens: {100 * float(full['accuracy']):.1f} % of {full['n']} questions.", "", *lines])
+
+
+def large_tables(results: Results) -> str:
+    """What was measured on the larger language model, for the testbed's README."""
+    lines = [*_split_tables(results, SPLITS[0])]
+    lines += headed("Differences between two methods on the same questions", _differences(results, SPLITS[0]))
+    return "\n".join([*lines, *_sweeps(results, SPLITS[0])]).rstrip()
+
+
 # ---------------------------------------------------------------------- plot
 
 # visionzip is cls without a share of diversity, which the plain cls has not either: one line for both
@@ -403,6 +459,7 @@ LINES = {
     "random": ("random", "0.55"),
     "uniform": ("uniform", "0.75"),
     "cls": ("cls, visionzip", "tab:orange"),
+    "cls, 10% diverse": ("cls, 10% diverse", "tab:olive"),
     "diversity": ("diversity", "tab:blue"),
     "vispruner": ("vispruner", "tab:green"),
     "hiprune": ("hiprune", "tab:purple"),
@@ -414,7 +471,7 @@ LINES = {
 def plot(results: Results, path: Path) -> None:
     """Relative accuracy against the average number of tokens, seen styles, with 95 % intervals."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
-    for panel, (mode, title) in zip(panels, MODES, strict=True):
+    for panel, (mode, title) in zip(panels, results.modes, strict=True):
         for number, start in enumerate(x for x in results.methods if x.method in LINES):
             cells = [replace(start, tokens=t, **mode) for t in BUDGETS]
             found = [(x, results.mean(SPLITS[0], x)) for x in cells]
@@ -431,7 +488,7 @@ def plot(results: Results, path: Path) -> None:
             x = np.array([tokens for tokens, _ in found]) * 1.012 ** (number - 3.5)
             y, low, high = 100 * np.array([y for _, y in found]).T
             # the whole method, with and without training
-            strong = mode is TEXT and start.method in ("learned", "diversity")
+            strong = mode is results.both and start.method in ("learned", "diversity")
             label, color = LINES[start.method]
             style = {"linewidth": 3 if strong else 1.2, "elinewidth": 1, "markersize": 6 if strong else 3.5}
             bars = np.maximum((y - low, high - y), 0)
@@ -451,34 +508,50 @@ def plot(results: Results, path: Path) -> None:
 # ---------------------------------------------------------------------- where it goes
 
 
-MARKS: tuple[tuple[str, str, Callable[[Results], str]], ...] = (
-    ("<!-- tables: begin -->", "<!-- tables: end -->", lambda results: f"{LEGEND}\n\n{testbed_tables(results)}"),
-    ("<!-- retention -->", "<!-- /retention -->", readme_table),
+@dataclass(frozen=True)
+class Study:
+    """One model's CSV: its decoder layers, and between which marks of a README which tables of it stand."""
+
+    path: Path
+    layers: int
+    tables: dict[str, Callable[[Results], str]]
+
+    def results(self) -> Results:
+        """What the CSV says."""
+        return Results(load(self.path), self.layers)
+
+
+STUDIES = (
+    Study(
+        RESULTS,
+        LAYERS,
+        {"tables": lambda results: f"{LEGEND}\n\n{testbed_tables(results)}", "retention": readme_table},
+    ),
+    Study(RESULTS.with_name("evaluation_smollm.csv"), 30, {"smollm tables": large_tables, "smollm": large_table}),
 )
 READMES = (TESTBED / "README.md", EXAMPLES.parent / "README.md")
 
 
-def filled(text: str, results: Results) -> str:
+def filled(text: str) -> str:
     """A README with what stands between our marks made anew."""
-    for begin, end, make in MARKS:
-        if begin in text:
-            before, rest = text.split(begin)
-            text = f"{before}{begin}\n{make(results)}\n{end}{rest.split(end)[1]}"
+    for study in STUDIES:
+        for name, make in study.tables.items():
+            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+            if begin in text:
+                before, rest = text.split(begin)
+                text = f"{before}{begin}\n{make(study.results())}\n{end}{rest.split(end)[1]}"
     return text
 
 
-def publish(path: Path) -> None:
-    """The plot beside the CSV; tables into the READMEs, or to the terminal if it is not the committed CSV."""
+def publish(path: Path, layers: int) -> None:
+    """The plot beside the CSV; tables into the READMEs, or to the terminal if it is not a committed CSV."""
     rows = load(path)
     complete(rows)
     save(path, rows)
-    results = Results(rows)
+    results = Results(rows, layers)
     plot(results, path.with_suffix(".png"))
-    if path != RESULTS:
+    if path not in [study.path for study in STUDIES]:
         print(testbed_tables(results))
         return
     for readme in READMES:
-        text = readme.read_text()
-        readme.write_text(filled(text, results))
-        if not any(begin in text for begin, _, _ in MARKS):
-            print(f"{readme.name} of {readme.parent.name} has no marks of ours: no table was written there")
+        readme.write_text(filled(readme.read_text()))

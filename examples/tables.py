@@ -11,18 +11,19 @@ import lp_patch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-BENCHMARK = ROOT / "examples" / "results" / "benchmark_cpu.csv"
+RESULTS = ROOT / "examples" / "results"
+SHAPES = {"small": "of a 0.5 B LLaVA", "7b": "of LLaVA-1.5-7B"}
 
 
-def speed() -> str:
+def speed(device: str) -> str:
     """Speed-ups, limits and what share of them is reached."""
-    with BENCHMARK.open(newline="") as file:
+    with (RESULTS / f"benchmark_{device}.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     one = rows[0]
     lines = [
-        f"`make benchmark` on {one['device']}, {one['threads']} thread(s), {one['dtype']}, random weights; patched and "
-        "unpatched alternate in one process; median of the ratios of adjacent pairs. The limit is the ratio of the "
-        "arithmetic that is run.",
+        f"{one['device']}, {one['dtype']}, random weights in the shapes {SHAPES[one['size']]}, "
+        f"torch {one['torch']}, transformers {one['transformers']}"
+        + (f", {one['threads']} thread(s)" * (device == "cpu")),
         "",
         "| visual tokens | kept | batch | scorer | prefill | limit | reached | generate | limit | KV cache |",
         "|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
@@ -58,12 +59,13 @@ def modes() -> str:
 
 def fill(readme: str) -> str:
     """The README with every section between its marks made anew."""
-    for name, make in (("speed", speed), ("models", models), ("modes", modes)):
+    sections = {"speed": lambda: speed("cpu"), "speed gpu": lambda: speed("cuda"), "models": models, "modes": modes}
+    for name, make in sections.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = readme.split(begin)
         after = rest.split(end)[1]
         readme = f"{before}{begin}\n{make()}\n{end}{after}"
-    return retention.filled(readme, retention.Results(retention.load(retention.RESULTS)))
+    return retention.filled(readme)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def covering_points(features: Tensor, scores: Tensor, count: int) -> Tensor:
     """Choose `count` tokens one by one, each the best by its score times how little it resembles those chosen (ours).
 
     ``argmax_i scores_i * (1 - max(0, largest cosine of i to the chosen))``: a second look at the same thing is worth
-    less than a first look at another. Ties go to the lowest index. Time O(count N C), extra memory O(N).
+    less than a first look at another. Cosines are taken about the row's mean feature, which all tokens share. Ties go
+    to the lowest index. Time O(count N C), extra memory O(N).
 
     Args:
         features: (B, N, C), any float dtype; similarities are computed in float32.
@@ -71,7 +72,8 @@ def covering_points(features: Tensor, scores: Tensor, count: int) -> Tensor:
     Returns:
         (B, count) int64, distinct, in the order they were chosen.
     """
-    unit = torch.nn.functional.normalize(features.float(), dim=-1)
+    features = features.float()
+    unit = torch.nn.functional.normalize(features - features.mean(dim=1, keepdim=True), dim=-1)
     nearest = torch.zeros_like(scores, dtype=torch.float32)
     taken = torch.zeros_like(scores, dtype=torch.bool)
     chosen: list[Tensor] = []

@@ -344,7 +344,53 @@ def test_every_group_of_the_evaluation_has_its_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("readme", retention.READMES, ids=lambda path: path.parent.name)
-def test_tables_of_the_evaluation_are_those_of_the_file(readme: Path) -> None:
-    results = retention.Results(retention.load(retention.RESULTS))
-    assert retention.filled(readme.read_text(), results) == readme.read_text(), "run examples/evaluate.py --tables"
-    assert "| diversity |" in retention.readme_table(results)
+def test_tables_of_the_evaluation_are_those_of_the_files(readme: Path) -> None:
+    text = readme.read_text()
+    assert retention.filled(text) == text, "run examples/evaluate.py --tables"
+    for study in retention.STUDIES:
+        assert any(f"<!-- {name} -->" in text for name in study.tables), f"no table of {study.path.name}"
+        for make in study.tables.values():
+            assert "| diversity |" in make(study.results())
+
+
+# ------------------------------------------------------------------ the larger language model
+
+
+def test_questions_that_share_a_picture_are_asked_as_if_alone() -> None:
+    """`smollm.forward`, on the testbed's own model, against the stock forward of single questions."""
+    sys.path.insert(0, str(retention.TESTBED))
+    import network
+    import questions
+    import smollm
+
+    model = LlavaForConditionalGeneration.from_pretrained(retention.TESTBED / "model", dtype=torch.float32).eval()
+    words = network.tokenizer()
+    asker = smollm.Asker(model, words)
+    texts = [
+        ("Is there a cat in the image?", "no"),
+        ("Where is the sign?", "top left"),
+        ("How many bees are there?", "2"),
+    ]
+    asked = [[questions.Question("", *text, (), "") for text in texts], [questions.Question("", *texts[1], (), "")]]
+    ids, targets = asker.batch(asked)
+    pixels = torch.randn(2, 3, 336, 336, generator=torch.Generator().manual_seed(0))
+    everything = torch.arange(576).expand(2, -1)
+    with torch.no_grad():
+        features = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
+        visual = model.model.multi_modal_projector(features)
+        hidden = smollm.forward(model, asker, visual, everything, ids)
+        logits = model.lm_head(hidden)
+        for row, some in enumerate(asked):
+            for column, question in enumerate(some):
+                given = words(
+                    f"USER: {'<image>' * 576}\n{question.text} ASSISTANT: {question.answer}", return_tensors="pt"
+                )
+                want = model(**given, pixel_values=pixels[row : row + 1]).logits[
+                    0, -len(given.input_ids[0]) + 3 + 576 :
+                ]
+                torch.testing.assert_close(logits[row, column, : len(want)], want, rtol=1e-4, atol=1e-4)
+                at = targets[row, column] >= 0
+                assert words.decode(targets[row, column][at][:-1]).replace("##", "") == question.answer
+                assert at.nonzero().flatten()[-1] == len(want) - 1
+        loss, hits = smollm.answered(model, hidden, targets)
+    assert loss.isfinite() and hits.shape == (2, 3)

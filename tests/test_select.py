@@ -280,7 +280,8 @@ def test_what_is_compacted_comes_back(case):
 
 def covering(features, scores, count):
     """One sample, token by token: (N, C), (N,) -> indices in the order they are chosen."""
-    unit = [x / x.norm() for x in features.double()]
+    mean = sum(features.double()) / len(features)
+    unit = [(x - mean) / max((x - mean).norm(), 1e-12) for x in features.double()]
     chosen = []
     for _ in range(count):
         worth = {}

