@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 RESULTS = ROOT / "examples" / "results"
-SHAPES = {"small": "of a 0.5 B LLaVA", "7b": "of LLaVA-1.5-7B"}
+SHAPES = {"small": "of a 0.4 B LLaVA", "7b": "of LLaVA-1.5-7B"}
 
 
 def speed(device: str) -> str:
@@ -21,9 +21,9 @@ def speed(device: str) -> str:
         rows = list(csv.DictReader(file))
     one = rows[0]
     lines = [
-        f"{one['device']}, {one['dtype']}, random weights in the shapes {SHAPES[one['size']]}, "
-        f"torch {one['torch']}, transformers {one['transformers']}"
-        + (f", {one['threads']} thread(s)" * (device == "cpu")),
+        f"{one['device']}, {one['dtype']}, random weights in the shapes {SHAPES[one['size']]}"
+        + (f", {one['threads']} thread(s)" if device == "cpu" else "")
+        + f", torch {one['torch']}, transformers {one['transformers']}.",
         "",
         "| visual tokens | kept | batch | scorer | prefill | limit | reached | generate | limit | KV cache |",
         "|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",

@@ -1,6 +1,7 @@
-"""Put a trained pruner into the testbed's checkpoint, with its measured figures in the model card.
+"""Put a trained pruner beside the weights that it belongs to, with its measured figures in the model card.
 
 python examples/testbed/ship_pruner.py runs/pruners/ntp-seed0
+python examples/testbed/ship_pruner.py runs/pruners/smollm-seed0 smollm
 """
 
 import sys
@@ -9,31 +10,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from retention import RESULTS, SPLITS, load
+from retention import SPLITS, STUDIES
 
 from lp_patch import LearnablePruner
-
-TARGET = Path("examples/testbed/model/lp_patch_pruner")  # relative: the card says how to apply it
 
 
 def main() -> None:
     """Copy, with the figures that the evaluation has of the label "seed0"."""
+    folder = sys.argv[2] if len(sys.argv) > 2 else "model"
+    results = {"model": STUDIES[0], "smollm": STUDIES[1]}[folder].results()
     pruner = LearnablePruner.from_pretrained(sys.argv[1])
-    seen = [x for x in load(RESULTS) if x["split"] == SPLITS[0]]
-    figures = {
-        f"{x['scorer']} at {x['tokens']} tokens, {'both stages' if float(x['stage_ratio']) > 1 else 'stage 1 alone'}": (
-            f"{100 * float(x['accuracy']):.1f} % of {x['n']} questions"
-        )
-        for x in seen
-        if x["pruner"] == "seed0"
-        and x["text_scorer"] in ("", "text")
-        and x["stage_ratio"] in ("1.0", "3.0")
-        and x["layer"] in ("", "2")
-        and (x["diversity"] in ("", "0.1") or x["scorer"] == "covering")
-    }
-    full = next(x for x in seen if x["scorer"] == "full")
-    pruner.training_info["figures"] = {"all 576 tokens": f"{100 * float(full['accuracy']):.1f} %", **figures}
-    pruner.save_pretrained(TARGET)
+    figures = {}
+    for (split, cell), rows in results.rows.items():
+        for row in rows:
+            if split != SPLITS[0] or row["pruner"] != "seed0" or cell.tokens > 64:
+                continue
+            for mode, title in results.modes:
+                usual = cell.diversity in (None, 0.1) or cell.scorer == "covering"
+                if usual and all(getattr(cell, name) == value for name, value in mode.items()):
+                    figures[f"{cell.scorer} at {cell.tokens} tokens, {title}"] = (
+                        f"{100 * float(row['accuracy']):.1f} % of {row['n']} questions"
+                    )
+    (full,) = [x for (split, cell), x in results.rows.items() if split == SPLITS[0] and cell.scorer == "full"]
+    figures = {"all 576 tokens": f"{100 * float(full[0]['accuracy']):.1f} %", **figures}
+    pruner.training_info["figures"] = figures
+    pruner.save_pretrained(Path("examples/testbed") / folder / "lp_patch_pruner")  # relative: the card names it
 
 
 if __name__ == "__main__":

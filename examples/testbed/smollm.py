@@ -1,13 +1,12 @@
 """The testbed's tower under a language model that was pretrained on text: SmolLM2-135M, 30 layers (Apache-2.0).
 
-    python examples/testbed/smollm.py --stages model      # the shipped weights on SmolLM2, into runs/smollm/model
-    python examples/testbed/smollm.py                     # trains them anew: for a GPU
-
+    python examples/testbed/smollm.py --stages model     # the shipped weights on SmolLM2: runs/smollm/smollm-testbed
+    python examples/testbed/smollm.py                    # trains them anew: for a GPU
     python examples/testbed/smollm.py --start examples/testbed/smollm --tokens 24 288 --output runs/smollm/healed ...
 
 Trained are LoRA in the language model and the projector, on all 576 tokens, with no loss but that of the answers. All
-questions about a picture share one visual prefix; a question sees the prefix and itself, nothing else. The third command
-goes on from trained weights with random patches, so that the model learns to do with fewer (healing).
+questions about a picture share one visual prefix; a question sees the prefix and itself, nothing else. The third goes
+on from trained weights with random patches, so that the model learns to do with fewer (healing).
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ from vocabulary import KINDS
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = HERE / "smollm"  # what training changes: the LoRA adapter, the projector
-FOLDER = RUNS / "smollm"
+CHECKPOINT = RUNS / "smollm" / "smollm-testbed"  # its pruners know it by this name
 SMALL = HERE / "model"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 PROJECTOR = "projector.safetensors"
@@ -236,9 +235,9 @@ def run(
     cached: Tensor,
     scenes: SceneSet,
     rows: list[int],
-    asked: list,
+    asked: list[list[Question]],
     tokens: tuple[int, int],
-    rng,
+    rng: np.random.Generator,
 ) -> tuple[Tensor, Tensor]:
     """Loss of the questions on these scenes, and which are answered exactly (B, Q)."""
     kept = choose(len(rows), tokens, rng)
@@ -337,7 +336,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--output", type=Path, default=SHIPPED, help="folder of the trained weights")
-    parser.add_argument("--model", type=Path, default=FOLDER / "model", help="folder of the whole checkpoint")
+    parser.add_argument("--model", type=Path, default=CHECKPOINT, help="folder of the whole checkpoint")
     parser.add_argument("--minutes", type=float, default=4.0, help="of training the language model")
     parser.add_argument("--align", type=int, default=600, help="steps of the projector alone")
     parser.add_argument("--scenes", type=int, default=9000)
@@ -345,11 +344,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="pictures a step")
     parser.add_argument("--start", type=Path, help="go on from these trained weights")
     parser.add_argument(
-        "--tokens",
-        type=int,
-        nargs=2,
-        default=(PATCHES, PATCHES),
-        help="least and most patches of a step, drawn at random",
+        "--tokens", type=int, nargs=2, default=(PATCHES, PATCHES), help="least and most patches of a step, at random"
     )
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--report", type=float, default=15, help="seconds between two lines")
