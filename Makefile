@@ -3,10 +3,10 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-# the ends of the range, and a version between two behaviours (who encodes the images, generate() or the forward)
-OLDER := 5.17.0 4.57.6
+# the end of the range, and versions between two behaviours: what the cache is called; whether generate() encodes images
+OLDER := 5.23.0 5.17.0 4.57.6
 
-.PHONY: demo test test-long test-older lint benchmark matrix pruner evaluate clean
+.PHONY: demo test test-long test-older lint benchmark matrix pruner evaluate smollm clean
 
 # llava-torch without its pins, which are of 2023: tests/test_original_llava.py says with what it runs
 .venv/ready: setup.cfg pyproject.toml Makefile
@@ -47,23 +47,51 @@ lint: .venv/ready
 benchmark: .venv/ready
 	$(BIN)/python examples/benchmark.py
 
-# the shipped pruner: scenes of the testbed as conversations (fetches its sources), then the Trainer
-PRUNER_OPTIONS := --share 1 --batch 16 --steps 140 --learning-rate 2e-3 --weight 10 --difference
-pruner: .venv/ready
+# what the testbed is made with, beside npm and apt-get
+.venv/testbed: .venv/ready
+	$(BIN)/pip install --quiet --editable ".[testbed]"
+	touch $@
+
+# the testbed's scenes (fetches its sources), also as conversations
+.PHONY: conversations
+conversations: .venv/testbed
 	$(BIN)/python examples/testbed/train.py --stages sources scenes
 	$(BIN)/python examples/testbed/conversations.py
+
+# the shipped pruner, and LoRA that heals the language model after it
+DATA := runs/testbed/conversations/conversations.json
+PRUNER := --share 1 --batch 16 --steps 140 --difference
+pruner: conversations
 	for seed in 0 1 2; do \
-	  $(BIN)/python examples/train_pruner.py examples/testbed/model runs/testbed/conversations/conversations.json \
-	    --output runs/pruners/ntp-seed$$seed --seed $$seed $(PRUNER_OPTIONS) || exit 1; \
+	  $(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(PRUNER) --learning-rate 2e-3 --weight 10 \
+	    --output runs/pruners/ntp-seed$$seed --seed $$seed || exit 1; \
 	done
 	$(BIN)/python examples/testbed/ship_pruner.py runs/pruners/ntp-seed0
+	$(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(PRUNER) --learning-rate 5e-4 --weight 0 \
+	  --pruner runs/pruners/ntp-seed0 --freeze-pruner --lora-rank 8 --output runs/pruners/healed
+	mkdir -p examples/testbed/model/lp_patch_pruner/lora
+	cp runs/pruners/healed/lora/adapter_* examples/testbed/model/lp_patch_pruner/lora
 
 # every figure of the evaluation again, from three seeds; the sweeps with the first
+SEEDS := seed0=runs/pruners/ntp-seed0 seed1=runs/pruners/ntp-seed1 seed2=runs/pruners/ntp-seed2
 evaluate: .venv/ready
-	$(BIN)/python examples/evaluate.py --workers 2 --pruners seed0=runs/pruners/ntp-seed0 \
-	  seed1=runs/pruners/ntp-seed1 seed2=runs/pruners/ntp-seed2
+	$(BIN)/python examples/evaluate.py --workers 2 --pruners $(SEEDS)
 	$(BIN)/python examples/evaluate.py --workers 2 --groups ladder layer ratio diversity text --splits seen_styles \
 	  --pruners seed0=runs/pruners/ntp-seed0
+	$(BIN)/python examples/evaluate.py --workers 2 --splits seen_styles --budgets 64 32 16 --lora runs/pruners/healed/lora \
+	  --pruners seed0=runs/pruners/ntp-seed0 --output examples/results/evaluation_healed.csv
+
+# the larger language model, its pruners and their evaluation: minutes on a GPU (TORCH=torch)
+LARGE := runs/smollm/smollm-testbed
+smollm: conversations
+	$(BIN)/python examples/testbed/smollm.py
+	for seed in 0 1 2; do \
+	  $(BIN)/python examples/train_pruner.py $(LARGE) $(DATA) $(PRUNER) --learning-rate 2e-3 --weight 10 \
+	    --output runs/pruners/smollm-seed$$seed --seed $$seed || exit 1; \
+	done
+	$(BIN)/python examples/evaluate.py --device cuda --workers 10 --model $(LARGE) --splits seen_styles \
+	  --pruners $(subst ntp,smollm,$(SEEDS)) --output examples/results/evaluation_smollm.csv
+	$(BIN)/python examples/testbed/layers.py $(LARGE) --questions 100 --output examples/results/layers_smollm.csv
 
 clean:
 	rm -rf .venv build dist *.egg-info

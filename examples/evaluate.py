@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import transformers
 from benchmark import device_name
+from peft import PeftModel
 from PIL import Image
 from retention import (
     ALONE,
@@ -62,6 +63,7 @@ import lp_patch
 from lp_patch import strategies
 
 TOKENS = 576  # of the testbed's pictures
+LORA = "adapter_model.safetensors"
 PICTURES = 8  # encoded and asked about at once; "random" draws anew for each batch
 
 # ---------------------------------------------------------------------- what is measured
@@ -186,8 +188,12 @@ class Testbed:
         limit: int | None = None,
         dtype: torch.dtype = torch.float32,
         device: str = "cpu",
+        lora: Path | None = None,
     ) -> None:
-        self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval().to(device)
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)
+        if lora is not None:
+            model = PeftModel.from_pretrained(model, str(lora)).merge_and_unload()
+        self.model = model.eval().to(device)
         self.layers = self.model.config.text_config.num_hidden_layers
         self.processor = AutoProcessor.from_pretrained(folder)
         self.pruners = {label: lp_patch.LearnablePruner.from_pretrained(path) for label, path in pruners.items()}
@@ -332,7 +338,9 @@ TESTBEDS: list[Testbed] = []  # a worker's own
 def start(args: argparse.Namespace) -> None:
     """A worker's first act."""
     torch.set_num_threads(args.threads)
-    TESTBEDS.append(Testbed(args.model, args.pruners, args.splits, args.limit, getattr(torch, args.dtype), args.device))
+    TESTBEDS.append(
+        Testbed(args.model, args.pruners, args.splits, args.limit, getattr(torch, args.dtype), args.device, args.lora)
+    )
 
 
 def work(cell: Cell, split: str) -> tuple[dict, float]:
@@ -344,7 +352,8 @@ def work(cell: Cell, split: str) -> tuple[dict, float]:
 def measure(args: argparse.Namespace) -> None:
     """Measure what the CSV does not hold yet."""
     common = {
-        "model_sha256": digest(args.model / "model.safetensors"),
+        "model_sha256": digest(args.model / "model.safetensors")
+        + (f"+{digest(args.lora / LORA)}" if args.lora else ""),
         "dtype": args.dtype,
         "device": device_name(args.device) + (", CPU" if args.device == "cpu" else ""),
         "torch": torch.__version__,
@@ -410,6 +419,7 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, choices=BUDGETS, default=BUDGETS)
     parser.add_argument("--splits", nargs="+", choices=SPLITS, default=SPLITS)
     parser.add_argument("--model", type=Path, default=TESTBED / "model")
+    parser.add_argument("--lora", type=Path, help="folder of LoRA weights for the language model, merged in")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--seed", type=int, default=0, help="for strategies that draw")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")

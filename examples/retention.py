@@ -413,36 +413,42 @@ def headed(title: str, table: list[str]) -> list[str]:
 
 def readme_table(results: Results) -> str:
     """The small table of the main README."""
-    seen, (full, *_) = SPLITS[0], results.rows[SPLITS[0], Cell("full")]
+    return "\n".join(
+        [
+            full_line(results),
+            "",
+            LEGEND,
+            "",
+            *short_table(results),
+            "More budgets, question types, a style never seen, sweeps: `examples/testbed/README.md`; every cell, with "
+            "the command that made it: `examples/results/evaluation_testbed.csv`.",
+        ]
+    )
+
+
+def full_line(results: Results) -> str:
+    """What all tokens reach."""
+    (full, *_) = results.rows[SPLITS[0], Cell("full")]
     low, high = (100 * float(full[x]) for x in ("low", "high"))
-    columns = [(t, mode, title) for t in (32, 16) for mode, title in results.modes]
-    found = [
-        (x.method, [results.text(seen, replace(x, tokens=t, **mode)) for t, mode, _ in columns])
-        for x in results.methods
-    ]
-    lines = [
+    return (
         f"{full['n']} questions in the styles of training; all 576 tokens: {100 * float(full['accuracy']):.1f} % "
-        f"(95 % interval {low:.1f} to {high:.1f}).",
-        "",
-        LEGEND,
-        "",
-        *grid("tokens", [f"{t}, {title}" for t, _, title in columns], found),
-        "More budgets, question types, a style never seen, sweeps: `examples/testbed/README.md`; every cell, with the "
-        "command that made it: `examples/results/evaluation_testbed.csv`.",
-    ]
-    return "\n".join(lines)
+        f"(95 % interval {low:.1f} to {high:.1f})."
+    )
 
 
-def large_table(results: Results) -> str:
-    """The small table of the main README, for the larger language model."""
-    seen, (full, *_) = SPLITS[0], results.rows[SPLITS[0], Cell("full")]
-    columns = [(t, mode, title) for t in (32, 16) for mode, title in results.modes]
+def short_table(results: Results, budgets: tuple[int, ...] = (32, 16)) -> list[str]:
+    """Accuracy of every method at few budgets, alone and with text."""
+    columns = [(t, mode, title) for t in budgets for mode, title in results.modes]
     found = [
-        (x.method, [results.text(seen, replace(x, tokens=t, **mode)) for t, mode, _ in columns])
+        (x.method, [results.text(SPLITS[0], replace(x, tokens=t, **mode)) for t, mode, _ in columns])
         for x in results.methods
     ]
-    lines = grid("tokens", [f"{t}, {title}" for t, _, title in columns], found)
-    return "\n".join([f"All 576 tokens: {100 * float(full['accuracy']):.1f} % of {full['n']} questions.", "", *lines])
+    return grid("tokens", [f"{t}, {title}" for t, _, title in columns], found)
+
+
+def short(results: Results) -> str:
+    """What all tokens reach, and the small table."""
+    return "\n".join([full_line(results), "", *short_table(results)]).rstrip()
 
 
 def large_tables(results: Results) -> str:
@@ -521,20 +527,22 @@ class Study:
         return Results(load(self.path), self.layers)
 
 
-STUDIES = (
-    Study(
+STUDIES = {
+    "model": Study(
         RESULTS,
         LAYERS,
         {"tables": lambda results: f"{LEGEND}\n\n{testbed_tables(results)}", "retention": readme_table},
     ),
-    Study(RESULTS.with_name("evaluation_smollm.csv"), 30, {"smollm tables": large_tables, "smollm": large_table}),
-)
+    "healed": Study(RESULTS.with_name("evaluation_healed.csv"), LAYERS, {"healed": short}),
+    "smollm": Study(RESULTS.with_name("evaluation_smollm.csv"), 30, {"smollm tables": large_tables, "smollm": short}),
+    "smollm healed": Study(RESULTS.with_name("evaluation_smollm_healed.csv"), 30, {"smollm healed": short}),
+}
 READMES = (TESTBED / "README.md", EXAMPLES.parent / "README.md")
 
 
 def filled(text: str) -> str:
     """A README with what stands between our marks made anew."""
-    for study in STUDIES:
+    for study in STUDIES.values():
         for name, make in study.tables.items():
             begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
             if begin in text:
@@ -550,7 +558,7 @@ def publish(path: Path, layers: int) -> None:
     save(path, rows)
     results = Results(rows, layers)
     plot(results, path.with_suffix(".png"))
-    if path not in [study.path for study in STUDIES]:
+    if path not in [study.path for study in STUDIES.values()]:
         print(testbed_tables(results))
         return
     for readme in READMES:

@@ -233,6 +233,7 @@ def test_cls_reads_the_tower():
     model.set_attn_implementation("eager")
     _, given = pictures_of(PROMPTS[:1])
     tower = model.get_vision_tower().vision_tower
+    tower.set_attn_implementation("eager")  # before 5.23 it does not hear of the model's
     maps = tower(given, output_attentions=True).attentions[-2]  # of the layer that the features leave
     with lp_patch.applied(model, tokens=5, scorer="cls") as patch:
         model(torch.tensor(PROMPTS[:1]), images=given)

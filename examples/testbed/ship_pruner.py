@@ -18,7 +18,7 @@ from lp_patch import LearnablePruner
 def main() -> None:
     """Copy, with the figures that the evaluation has of the label "seed0"."""
     folder = sys.argv[2] if len(sys.argv) > 2 else "model"
-    results = {"model": STUDIES[0], "smollm": STUDIES[1]}[folder].results()
+    results = STUDIES[folder].results()
     pruner = LearnablePruner.from_pretrained(sys.argv[1])
     figures = {}
     for (split, cell), rows in results.rows.items():
