@@ -13,6 +13,7 @@ from .install import Installation, forget_compiled, owner, unhook
 from .pruner import WEIGHTS_FILE, LearnablePruner, find_pruner, resolve_pruner
 from .registry import Parts, find_parts, unwrap
 from .report import Report, make_report
+from .strategies import may_use_pruner
 from .surgery import Surgery
 from .trace import Trace
 
@@ -105,9 +106,10 @@ def apply(
         config: options as a `PruningConfig`, or a folder that `Patch.save_pretrained` wrote: its settings, and its
             pruner if it holds one and none is given.
         pruner: trained stage-1 weights: a Hub id, a folder, or a `LearnablePruner`; one that was trained on another
-            base warns. None: with ``scorer="auto"`` the pruner that belongs to the model's checkpoint, which is the
-            folder ``lp_patch_pruner`` inside a local one, or a `lp_patch.pruner.KNOWN_PRUNERS` entry; else, and with
-            ``scorer="diversity"`` always, training-free. A settings folder without a pruner means none.
+            base warns. None: for a scorer that reads one, and for "auto", the pruner that belongs to the model's
+            checkpoint, which is the folder ``lp_patch_pruner`` inside a local one, or a
+            `lp_patch.pruner.KNOWN_PRUNERS` entry; without one "auto" is training-free. A settings folder without a
+            pruner means none.
         options: fields of `PruningConfig`; they override `config`.
 
     Returns:
@@ -127,7 +129,7 @@ def apply(
             pruner = folder
     settings = make_config(config, options)
     parts = find_parts(model)
-    if look_up and settings.scorer == "auto":
+    if look_up and may_use_pruner(settings.scorer):
         module = find_pruner(parts.model.config, parts.width)
     else:
         module = resolve_pruner(pruner, parts.width, parts.model.config)

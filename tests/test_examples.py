@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import lp_patch
@@ -398,3 +400,29 @@ def test_questions_that_share_a_picture_are_asked_as_if_alone() -> None:
                 assert at.nonzero().flatten()[-1] == len(want) - 1
         loss, hits = smollm.answered(model, hidden, targets)
     assert loss.isfinite() and hits.shape == (2, 3)
+
+
+def test_the_shipped_lora_is_merged_and_goes_with_the_shipped_pruner() -> None:
+    folder = retention.TESTBED / "model"
+    lora = folder / "lp_patch_pruner" / "lora"
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    healed = evaluate.Testbed(folder, {}, ("seen_styles",), limit=1, lora=lora).model
+    name = "model.language_model.layers.3.mlp.up_proj"
+    weights, settings = load_file(lora / evaluate.LORA), json.loads((lora / "adapter_config.json").read_text())
+    down, up = (weights[f"base_model.model.{name}.lora_{x}.weight"] for x in "AB")
+    change = up @ down * settings["lora_alpha"] / settings["r"]
+    assert change.abs().max() > 1e-3
+    want = model.get_submodule(name).weight + change
+    torch.testing.assert_close(healed.get_submodule(name).weight, want, rtol=0, atol=1e-6)
+
+    tuned, processor = PeftModel.from_pretrained(model, str(lora)), AutoProcessor.from_pretrained(folder)
+    demo = json.loads(QUESTIONS.read_text())
+    with Image.open(QUESTIONS.with_name(demo["picture"])) as picture:
+        picture = picture.convert("RGB")
+    texts = [f"USER: <image>\n{x['question']} ASSISTANT:" for x in demo["questions"]]
+    inputs = processor(images=[picture] * len(texts), text=texts, padding=True, return_tensors="pt")
+    with lp_patch.applied(tuned, tokens=32, scorer="covering") as patch, torch.no_grad():
+        out = tuned.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert all(len(kept) < 576 for kept in patch.trace.stage1)
+    said = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert [x.strip() for x in said] == [x["answer"] for x in demo["questions"]]

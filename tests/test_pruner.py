@@ -494,6 +494,13 @@ def test_a_scorer_by_name_looks_for_no_pruner(checkpoint_model, scorer):
     assert stage1(lp_patch.apply(checkpoint_model, scorer=scorer)) == (scorer, None)
 
 
+@pytest.mark.parametrize("scorer", ["learned", "covering"])
+def test_a_scorer_that_reads_a_pruner_finds_the_checkpoints(checkpoint, checkpoint_model, scorer):
+    inside = LearnablePruner.from_pretrained(checkpoint / "lp_patch_pruner")
+    name, pruner = stage1(lp_patch.apply(checkpoint_model, scorer=scorer))
+    assert name == scorer and pruner.fc1.weight.equal(inside.fc1.weight)
+
+
 def test_a_given_pruner_wins(checkpoint_model):
     given = LearnablePruner(WIDTH, 5)
     assert stage1(lp_patch.apply(checkpoint_model, pruner=given)) == ("learned", given)

@@ -163,6 +163,11 @@ def catalogue() -> str:
     return "\n".join(lines)
 
 
+def may_use_pruner(name: str) -> bool:
+    """Whether the stage-1 strategy that `name` means reads a pruner where there is one."""
+    return name == "auto" or (name in SCORERS and SCORERS[name].needs_pruner)
+
+
 def resolve_scorer(name: str, pruner: LearnablePruner | None) -> Scorer:
     """The stage-1 strategy that `name` means; "auto" is "learned" where a pruner is given, else "diversity"."""
     if name == "auto":
