@@ -558,7 +558,7 @@ def publish(path: Path, layers: int) -> None:
     save(path, rows)
     results = Results(rows, layers)
     plot(results, path.with_suffix(".png"))
-    if path not in [study.path for study in STUDIES.values()]:
+    if path.resolve() not in [study.path for study in STUDIES.values()]:
         print(testbed_tables(results))
         return
     for readme in READMES:

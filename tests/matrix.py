@@ -245,7 +245,10 @@ def differences(content: dict[str, dict]) -> str:
     largest = []
     for what, tests in MEASURED.items():
         value, family = max(
-            (found[test]["difference"], family) for family, found in content.items() for test in tests if test in found
+            (found[test]["difference"], family)
+            for family, found in content.items()
+            for test in tests
+            if "difference" in found.get(test, {})
         )
         largest.append(f"{what} {value:.1e}" + (f" (`{family}`)" if value else ""))
     return "; ".join(largest)

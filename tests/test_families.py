@@ -344,7 +344,7 @@ def test_all_weights_offloaded(family, order, record_property):
     if family in ("llava_llama", "llava_next", "llava_next_video", "llava_onevision", "idefics3"):
         cpu_offload(model, execution_device=torch.device("cpu"))
         with pytest.raises((NotImplementedError, RuntimeError), match="meta"):
-            forward(model, scene)
+            generate(model, scene) or forward(model, scene)
         record_property("cell", "not applicable: unpatched, it reads weights that accelerate has put away")
         return
     if order == "patch first":
