@@ -72,16 +72,26 @@ pruner: conversations
 	mkdir -p examples/testbed/model/lp_patch_pruner/lora
 	cp runs/pruners/healed/lora/adapter_* examples/testbed/model/lp_patch_pruner/lora
 
-# every figure of the evaluation again, from three seeds; the sweeps with the first
+# pruners of less data and of another objective
+.PHONY: variants
+variants: conversations
+	$(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(subst 140,35,$(PRUNER)) --learning-rate 2e-3 \
+	  --weight 10 --output runs/pruners/quarter-seed0
+	$(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(PRUNER) --learning-rate 2e-3 --weight 10 \
+	  --objective distill --output runs/pruners/distill-seed0
+
+# every figure of the small model again, after `make pruner variants`: from three seeds, the sweeps with the first
 SEEDS := seed0=runs/pruners/ntp-seed0 seed1=runs/pruners/ntp-seed1 seed2=runs/pruners/ntp-seed2
 evaluate: .venv/ready
 	$(BIN)/python examples/evaluate.py --workers 2 --pruners $(SEEDS)
 	$(BIN)/python examples/evaluate.py --workers 2 --groups ladder layer ratio diversity text --splits seen_styles \
 	  --pruners seed0=runs/pruners/ntp-seed0
+	$(BIN)/python examples/evaluate.py --workers 2 --groups training --splits seen_styles \
+	  --pruners quarter-seed0=runs/pruners/quarter-seed0 distill-seed0=runs/pruners/distill-seed0
 	$(BIN)/python examples/evaluate.py --workers 2 --splits seen_styles --budgets 64 32 16 --lora runs/pruners/healed/lora \
 	  --pruners seed0=runs/pruners/ntp-seed0 --output examples/results/evaluation_healed.csv
 
-# the larger language model, its pruners and their evaluation: minutes on a GPU (TORCH=torch)
+# the larger language model, its pruners, their evaluation, and what healing changes: minutes on a GPU (TORCH=torch)
 LARGE := runs/smollm/smollm-testbed
 smollm: conversations
 	$(BIN)/python examples/testbed/smollm.py
@@ -91,6 +101,11 @@ smollm: conversations
 	done
 	$(BIN)/python examples/evaluate.py --device cuda --workers 10 --model $(LARGE) --splits seen_styles \
 	  --pruners $(subst ntp,smollm,$(SEEDS)) --output examples/results/evaluation_smollm.csv
+	$(BIN)/python examples/testbed/smollm.py --start examples/testbed/smollm --tokens 24 288 --scenes 2500 --batch 4 \
+	  --minutes 20 --learning-rate 5e-4 --output runs/smollm/healed --model runs/smollm/smollm-healed
+	$(BIN)/python examples/evaluate.py --device cuda --dtype bfloat16 --model runs/smollm/smollm-healed --limit 50 \
+	  --splits seen_styles --budgets 32 16 --pruners seed0=runs/pruners/smollm-seed0 \
+	  --output examples/results/evaluation_smollm_healed.csv
 	$(BIN)/python examples/testbed/layers.py $(LARGE) --questions 100 --output examples/results/layers_smollm.csv
 
 clean:
