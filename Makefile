@@ -60,14 +60,13 @@ conversations: .venv/testbed
 
 # the shipped pruner, and LoRA that heals the language model after it
 DATA := runs/testbed/conversations/conversations.json
-PRUNER := --share 1 --batch 16 --steps 140 --difference
+PRUNER := --share 1 --batch 16 --difference
 pruner: conversations
 	for seed in 0 1 2; do \
-	  $(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(PRUNER) --learning-rate 2e-3 --weight 10 \
+	  $(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(PRUNER) --steps 140 --learning-rate 2e-3 --weight 10 \
 	    --output runs/pruners/ntp-seed$$seed --seed $$seed || exit 1; \
 	done
-	$(BIN)/python examples/testbed/ship_pruner.py runs/pruners/ntp-seed0
-	$(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(PRUNER) --learning-rate 5e-4 --weight 0 \
+	$(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(PRUNER) --steps 140 --learning-rate 5e-4 --weight 0 \
 	  --pruner runs/pruners/ntp-seed0 --freeze-pruner --lora-rank 8 --output runs/pruners/healed
 	mkdir -p examples/testbed/model/lp_patch_pruner/lora
 	cp runs/pruners/healed/lora/adapter_* examples/testbed/model/lp_patch_pruner/lora
@@ -75,15 +74,16 @@ pruner: conversations
 # pruners of less data and of another objective
 .PHONY: variants
 variants: conversations
-	$(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(subst 140,35,$(PRUNER)) --learning-rate 2e-3 \
+	$(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(PRUNER) --steps 35 --learning-rate 2e-3 \
 	  --weight 10 --output runs/pruners/quarter-seed0
-	$(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(PRUNER) --learning-rate 2e-3 --weight 10 \
+	$(BIN)/python examples/train_pruner.py examples/testbed/model $(DATA) $(PRUNER) --steps 140 --learning-rate 2e-3 --weight 10 \
 	  --objective distill --output runs/pruners/distill-seed0
 
 # every figure of the small model again, after `make pruner variants`: from three seeds, the sweeps with the first
 SEEDS := seed0=runs/pruners/ntp-seed0 seed1=runs/pruners/ntp-seed1 seed2=runs/pruners/ntp-seed2
 evaluate: .venv/ready
 	$(BIN)/python examples/evaluate.py --workers 2 --pruners $(SEEDS)
+	$(BIN)/python examples/testbed/ship_pruner.py runs/pruners/ntp-seed0
 	$(BIN)/python examples/evaluate.py --workers 2 --groups ladder layer ratio diversity text --splits seen_styles \
 	  --pruners seed0=runs/pruners/ntp-seed0
 	$(BIN)/python examples/evaluate.py --workers 2 --groups training --splits seen_styles \
@@ -91,16 +91,20 @@ evaluate: .venv/ready
 	$(BIN)/python examples/evaluate.py --workers 2 --splits seen_styles --budgets 64 32 16 --lora runs/pruners/healed/lora \
 	  --pruners seed0=runs/pruners/ntp-seed0 --output examples/results/evaluation_healed.csv
 
-# the larger language model, its pruners, their evaluation, and what healing changes: minutes on a GPU (TORCH=torch)
+# the larger language model, its pruners, their evaluation, and what healing changes; for a GPU (TORCH=torch)
 LARGE := runs/smollm/smollm-testbed
+# trained by the clock: another device takes other steps (here 719; 255 to heal, on one CPU core)
 smollm: conversations
+	rm -rf examples/testbed/smollm/lp_patch_pruner
 	$(BIN)/python examples/testbed/smollm.py
 	for seed in 0 1 2; do \
-	  $(BIN)/python examples/train_pruner.py $(LARGE) $(DATA) $(PRUNER) --learning-rate 2e-3 --weight 10 \
+	  $(BIN)/python examples/train_pruner.py $(LARGE) $(DATA) $(PRUNER) --steps 140 --learning-rate 2e-3 --weight 10 \
 	    --output runs/pruners/smollm-seed$$seed --seed $$seed || exit 1; \
 	done
 	$(BIN)/python examples/evaluate.py --device cuda --workers 10 --model $(LARGE) --splits seen_styles \
 	  --pruners $(subst ntp,smollm,$(SEEDS)) --output examples/results/evaluation_smollm.csv
+	$(BIN)/python examples/testbed/ship_pruner.py runs/pruners/smollm-seed0 smollm
+	cp -r examples/testbed/smollm/lp_patch_pruner $(LARGE)
 	$(BIN)/python examples/testbed/smollm.py --start examples/testbed/smollm --tokens 24 288 --scenes 2500 --batch 4 \
 	  --minutes 20 --learning-rate 5e-4 --output runs/smollm/healed --model runs/smollm/smollm-healed
 	$(BIN)/python examples/evaluate.py --device cuda --dtype bfloat16 --model runs/smollm/smollm-healed --limit 50 \

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import shlex
 import sys
 import time
@@ -45,6 +44,7 @@ from retention import (
     Cell,
     base,
     depths,
+    digest,
     kinds,
     load,
     publish,
@@ -75,7 +75,7 @@ def main_group(learned: list[Cell], layers: int = LAYERS) -> list[Cell]:
     starts = [*map(base, names), spread_cls(), *trained(learned)]
     cells = [replace(x, tokens=t, **mode) for x in starts for t in BUDGETS for mode in (ALONE, text_mode(layers))]
     cells += [replace(base(ORACLE), tokens=t) for t in BUDGETS] + [Cell(name) for name in BLIND]
-    # after one whole layer, the earliest cut; that layer costs an average of 96 tokens, and the budget must exceed it
+    # after one whole layer, the earliest cut; it costs an average of TOKENS / layers, which the budget must exceed
     whole = [Cell(NO_STAGE_1, tokens=t, stage_ratio=None, layer=1) for t in BUDGETS if t > TOKENS / layers]
     return cells + [replace(x, text_scorer=name) for name in strategies.TEXT_SCORERS for x in whole]
 
@@ -305,11 +305,6 @@ def rounded(values: list) -> float | str:
 def pictures(split: str, limit: int | None) -> list[str]:
     """The split's pictures, by name."""
     return sorted({x["picture"] for x in questions() if x["split"] == split})[:limit]
-
-
-def digest(path: Path) -> str:
-    """The start of a file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 def wanted(args: argparse.Namespace) -> list[Cell]:

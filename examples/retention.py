@@ -8,6 +8,7 @@ all cells answer the same questions: ``difference(a, b, split)`` for any two cel
 from __future__ import annotations
 
 import csv
+import hashlib
 import json
 import os
 import re
@@ -193,6 +194,11 @@ def to_hex(correct: list[bool]) -> str:
     return f"{int(''.join(str(int(x)) for x in correct), 2):0{(len(correct) + 3) // 4}x}"
 
 
+def digest(path: Path) -> str:
+    """The start of a file's SHA-256."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+
+
 def bits(row: dict[str, str]) -> np.ndarray:
     """(n,) float32: 1 where the row's answer is right."""
     n = int(row["n"])
@@ -347,6 +353,8 @@ def _sweeps(results: Results, seen: str) -> list[str]:
         found = []
         for t in (64, 32):
             for x in results.methods:
+                if x == spread_cls():
+                    continue  # a column of cls
                 cells = [replace(x, **{**results.both, **y, "tokens": t}) for _, y in settings]
                 found.append((f"{x.method}, {t}", [results.text(seen, cell) for cell in cells]))
         # a method that was not swept has a cell or two all the same
@@ -366,7 +374,7 @@ def _split_tables(results: Results, split: str) -> list[str]:
     found = [(x.scorer, [results.by_type(split, x, kind) for kind in ("accuracy", *TYPES)]) for x in inputs]
     counts = asked(split)
     heads = [f"all, n = {counts['accuracy']}", *(f"{kind}, {counts[kind]}" for kind in TYPES)]
-    lines = headed(f"All 576 tokens against no picture, {name}", grid("input", heads, found))
+    lines = headed(f"All 576 tokens{' against no picture' * (len(inputs) > 1)}, {name}", grid("input", heads, found))
     recalls = "Object patches that stage 1 keeps / patches asked about that are left in the end, %,"
     for column, title in (("text", "Accuracy"), ("shares", recalls)):
         tables = []
@@ -391,6 +399,10 @@ def _differences(results: Results, split: str) -> list[str]:
         "learned - cls, stage 1 + text": (learned, cls, both, both),
         f"learned - {spread.method}, stage 1 + text": (learned, spread, both, both),
         "learned - diversity, stage 1 + text": (learned, free, both, both),
+        "covering - diversity, stage 1 alone": (covering, free, ALONE, ALONE),
+        "covering - diversity, stage 1 + text": (covering, free, both, both),
+        "covering - uniform, stage 1 + text": (covering, base("uniform"), both, both),
+        "covering: text - stage 1 alone": (covering, covering, both, ALONE),
         f"covering - {spread.method}, stage 1 + text": (covering, spread, both, both),
         "covering - learned, stage 1 + text": (covering, learned, both, both),
         "diversity: text - stage 1 alone": (free, free, both, ALONE),
@@ -420,7 +432,7 @@ def readme_table(results: Results) -> str:
             LEGEND,
             "",
             *short_table(results),
-            "More budgets, question types, a style never seen, sweeps: `examples/testbed/README.md`; every cell, with "
+            "More budgets, question types, a style never seen, sweeps: `examples/testbed/README.md`; every cell, with",
             "the command that made it: `examples/results/evaluation_testbed.csv`.",
         ]
     )

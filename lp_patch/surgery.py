@@ -596,6 +596,7 @@ class Surgery(Vision):
         stage, view = self._stage_of(run, index), run.layer_views[index]
         if stage is not None and stage.start == index and index > 0:
             hidden = take(hidden, stage.index)
+        # the second: when decoding without padding, masks are None
         if view is run.layer_views[0] or (stage is None and view.mask is kwargs.get("attention_mask")):
             return None
         kwargs = {**kwargs, "attention_mask": view.mask}

@@ -1,7 +1,8 @@
 """The README's tables of families and modes, from what the tests said under each version of transformers.
 
 `python -m pytest --matrix` notes the outcomes in `tests/matrix/<version>.json`; `examples/tables.py` puts the tables
-into the README. A cell is "yes" only where all its tests passed, and says what a version or a family cannot do.
+into the README. A cell is "yes" only where all its tests that ran passed, and says what a version or a family
+cannot do.
 """
 
 import json

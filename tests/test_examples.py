@@ -398,7 +398,7 @@ def test_questions_that_share_a_picture_are_asked_as_if_alone() -> None:
                 at = targets[row, column] >= 0
                 assert words.decode(targets[row, column][at][:-1]).replace("##", "") == question.answer
                 assert at.nonzero().flatten()[-1] == len(want) - 1
-        loss, hits = smollm.answered(model, hidden, targets)
+        loss, hits = smollm.answer(model, hidden, targets)
     assert loss.isfinite() and hits.shape == (2, 3)
 
 

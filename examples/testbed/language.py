@@ -246,23 +246,30 @@ def choose(labels: np.ndarray, keep: int, rng: np.random.Generator) -> Tensor:
     return torch.from_numpy(np.sort(np.argsort(-score, 1)[:, :keep], 1))
 
 
-def tally(hits: Tensor, batch: Batch, counts: dict[str, list[int]]) -> None:
+def tally(hits: Tensor, asked: list[list[Question]], counts: dict[str, list[int]]) -> None:
     """Add right answers by type (existence by answer)."""
-    for row, asked in enumerate(batch.questions):
-        for column, question in enumerate(asked):
+    for row, some in enumerate(asked):
+        for column, question in enumerate(some):
             name = f"{question.type} {question.answer}" if question.type == "existence" else question.type
             entry = counts.setdefault(name, [0, 0])
             entry[0] += int(hits[row, column])
             entry[1] += 1
 
 
-def answer(model: LlavaForConditionalGeneration, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+def by_type(counts: dict[str, list[int]]) -> str:
+    """Right answers in %, by type."""
+    right, total = (sum(entry[i] for entry in counts.values()) for i in (0, 1))
+    parts = " ".join(f"{name} {100 * entry[0] / entry[1]:.1f}" for name, entry in sorted(counts.items()))
+    return f"all {100 * right / total:.1f} ({total}) {parts}"
+
+
+def answer(model: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Loss over the answer tokens, and which questions are answered exactly."""
-    wanted = batch.targets >= 0
+    wanted = targets >= 0
     logits = model.lm_head(hidden[wanted]).float()
-    truth = batch.targets[wanted]
+    truth = targets[wanted]
     loss = F.cross_entropy(logits, truth)
-    wrong = torch.zeros(batch.targets.shape, dtype=torch.bool, device=hidden.device)
+    wrong = torch.zeros_like(wanted)
     wrong[wanted] = logits.argmax(-1) != truth
     return loss, ~wrong.any(-1)
 
@@ -280,10 +287,8 @@ def monitor(model: LlavaForConditionalGeneration, cached: Tensor, scenes: SceneS
         kept = torch.arange(PATCHES, device=DEVICE).expand(stop - start, -1)
         visual = model.model.multi_modal_projector(cached[start:stop].to(DEVICE))
         hidden, _ = forward(model, visual, kept, batch)
-        tally(answer(model, hidden, batch)[1], batch, counts)
-    right, total = (sum(entry[i] for entry in counts.values()) for i in (0, 1))
-    parts = " ".join(f"{name} {100 * entry[0] / entry[1]:.1f}" for name, entry in sorted(counts.items()))
-    return f"all {100 * right / total:.1f} ({total}) {parts}"
+        tally(answer(model, hidden, batch.targets)[1], asked, counts)
+    return by_type(counts)
 
 
 @dataclass(frozen=True)
@@ -365,7 +370,7 @@ def train(
             seen = seen.gather(1, kept[..., None].expand(-1, -1, VISION))
         weight = phase.grounding[0] + (phase.grounding[1] - phase.grounding[0]) * progress
         hidden, attention = forward(model, projector(seen), kept, batch, watch=weight > 0)
-        loss, hits = answer(model, hidden, batch)
+        loss, hits = answer(model, hidden, batch.targets)
         average["loss"] += 0.02 * (loss.item() - average["loss"])
         if weight > 0:
             ground = grounding(attention, batch, kept)
@@ -376,7 +381,7 @@ def train(
         rate = phase.first * (phase.last / phase.first) ** progress * min(1.0, step / 60)
         masters[0].step(rate)
         masters[1].step(rate * (0.02 if phase.gentle else 0.15))
-        tally(hits, batch, counts)
+        tally(hits, batch.questions, counts)
         if time.time() - shown > 30:
             shown = time.time()
             parts = " ".join(f"{name} {100 * right / n:.1f}" for name, (right, n) in sorted(counts.items()))

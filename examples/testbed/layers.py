@@ -2,9 +2,10 @@
 
     python examples/testbed/layers.py runs/smollm/smollm-testbed --output examples/results/layers_smollm.csv
 
-For every layer of the unpatched model: of the patches asked about, the share among the 20 and 40 of all 576 that get
-the most attention from the text after the picture (what stage 2 reads) and from the last token alone; and what share of
-the text's attention goes to the picture at all. Questions are every n-th of those in the evaluation set about patches.
+For every layer of the unpatched model: of the patches asked about (of 20 or 40 where there are more), the share that is
+among the 20 and 40 of all 576 with most attention from the text after the picture (what stage 2 reads), and from the
+last token alone; and what share of the text's attention goes to the picture at all. Questions are every n-th of those in
+the evaluation set that ask about patches.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main() -> None:
     """Run the questions, write one row a layer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--questions", type=int, default=120)
+    parser.add_argument("--questions", type=int, default=100)
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     model = LlavaForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()

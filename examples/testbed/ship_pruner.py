@@ -10,20 +10,21 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from retention import SPLITS, STUDIES
+from retention import SPLITS, STUDIES, digest
 
 from lp_patch import LearnablePruner
 
 
 def main() -> None:
-    """Copy, with the figures that the evaluation has of the label "seed0"."""
+    """Copy, with the figures that the evaluation has of these weights."""
     folder = sys.argv[2] if len(sys.argv) > 2 else "model"
     results = STUDIES[folder].results()
     pruner = LearnablePruner.from_pretrained(sys.argv[1])
+    weights = digest(Path(sys.argv[1]) / "model.safetensors")
     figures = {}
     for (split, cell), rows in results.rows.items():
         for row in rows:
-            if split != SPLITS[0] or row["pruner"] != "seed0" or cell.tokens > 64:
+            if split != SPLITS[0] or row["pruner_sha256"] != weights or cell.tokens > 64:
                 continue
             for mode, title in results.modes:
                 usual = cell.diversity in (None, 0.1) or cell.scorer == "covering"
@@ -31,6 +32,8 @@ def main() -> None:
                     figures[f"{cell.scorer} at {cell.tokens} tokens, {title}"] = (
                         f"{100 * float(row['accuracy']):.1f} % of {row['n']} questions"
                     )
+    if not figures:
+        sys.exit(f"no row of the evaluation has the weights {weights}: run it first")
     (full,) = [x for (split, cell), x in results.rows.items() if split == SPLITS[0] and cell.scorer == "full"]
     figures = {"all 576 tokens": f"{100 * float(full[0]['accuracy']):.1f} %", **figures}
     pruner.training_info["figures"] = figures

@@ -21,8 +21,8 @@ import network
 import numpy as np
 import questions
 import torch
-import torch.nn.functional as F
 import transformers
+from language import answer, by_type, tally
 from network import DEVICE, GRID, MEAN, PATCHES, STD, Master, cosine
 from peft import LoraConfig, PeftModel, get_peft_model
 from questions import Question
@@ -121,9 +121,9 @@ class Asker:
 
     def split(self, question: Question) -> tuple[list[int], list[int]]:
         """Token ids after the picture, and of the answer with its end."""
-        prompt, answer = f"\n{question.text} ASSISTANT:", " " + question.answer
-        prompt, answer = (self.words(x, add_special_tokens=False).input_ids for x in (prompt, answer))
-        return prompt, [*answer, self.words.eos_token_id]
+        prompt, reply = f"\n{question.text} ASSISTANT:", " " + question.answer
+        prompt, reply = (self.words(x, add_special_tokens=False).input_ids for x in (prompt, reply))
+        return prompt, [*reply, self.words.eos_token_id]
 
     def batch(self, asked: list[list[Question]]) -> tuple[Tensor, Tensor]:
         """Tokens and targets (B, Q, T); -100 where nothing is to be predicted."""
@@ -131,10 +131,10 @@ class Asker:
         shape = len(rows), max(map(len, rows)), max(len(a) + len(b) - 1 for row in rows for a, b in row)
         tokens, targets = torch.zeros(shape, dtype=torch.long), torch.full(shape, -100)
         for i, row in enumerate(rows):
-            for j, (prompt, answer) in enumerate(row):
-                both = prompt + answer[:-1]
+            for j, (prompt, reply) in enumerate(row):
+                both = prompt + reply[:-1]
                 tokens[i, j, : len(both)] = torch.tensor(both)
-                targets[i, j, len(prompt) - 1 : len(both)] = torch.tensor(answer)
+                targets[i, j, len(prompt) - 1 : len(both)] = torch.tensor(reply)
         return tokens.to(DEVICE), targets.to(DEVICE)
 
 
@@ -154,15 +154,6 @@ def forward(model: nn.Module, asker: Asker, visual: Tensor, kept: Tensor, tokens
     llama = model.get_decoder()
     hidden = llama(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False)
     return hidden.last_hidden_state[:, size:].unflatten(1, (count, length))
-
-
-def answered(model: nn.Module, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss over the answer tokens, and which questions (B, Q) are answered exactly."""
-    wanted = targets >= 0
-    logits = model.get_output_embeddings()(hidden[wanted]).float()
-    wrong = torch.zeros_like(wanted)
-    wrong[wanted] = logits.argmax(-1) != targets[wanted]
-    return F.cross_entropy(logits, targets[wanted]), ~wrong.any(-1)
 
 
 def choose(rows: int, tokens: tuple[int, int], rng: np.random.Generator) -> Tensor:
@@ -225,8 +216,8 @@ def monitor(model: nn.Module, asker: Asker, cached: Tensor, scenes: SceneSet, to
     for start in range(0, len(cached), 16):
         rows = range(start, min(start + 16, len(cached)))
         asked = questions.balanced([scenes.objects[i] for i in rows], draw)
-        tell(counts, asked, *run(model, asker, cached, scenes, list(rows), asked, tokens, rng)[1:])
-    return shown(counts)
+        tally(run(model, asker, cached, scenes, list(rows), asked, tokens, rng)[1], asked, counts)
+    return by_type(counts)
 
 
 def run(
@@ -244,24 +235,7 @@ def run(
     seen = cached[rows].gather(1, kept[..., None].expand(-1, -1, cached.shape[-1]))
     ids, targets = asker.batch(asked)
     projector = model.get_submodule("base_model.model.model.multi_modal_projector")
-    return answered(model, forward(model, asker, projector(seen), kept, ids), targets)
-
-
-def tell(counts: dict[str, list[int]], asked: list[list[Question]], hits: Tensor) -> None:
-    """Add right answers by type (existence by answer)."""
-    for row, flags in zip(asked, hits.tolist(), strict=True):
-        for question, right in zip(row, flags, strict=False):
-            name = f"{question.type} {question.answer}" if question.type == "existence" else question.type
-            entry = counts.setdefault(name, [0, 0])
-            entry[0] += right
-            entry[1] += 1
-
-
-def shown(counts: dict[str, list[int]]) -> str:
-    """Right answers in %, by type."""
-    right, total = (sum(entry[i] for entry in counts.values()) for i in (0, 1))
-    parts = " ".join(f"{name} {100 * entry[0] / entry[1]:.1f}" for name, entry in sorted(counts.items()))
-    return f"all {100 * right / total:.1f} ({total}) {parts}"
+    return answer(model, forward(model, asker, projector(seen), kept, ids), targets)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -301,10 +275,10 @@ def train(args: argparse.Namespace) -> None:
         masters[0].step(rate)
         masters[1].step(0.3 * rate)
         average = loss.item() if step == 1 else average + 0.05 * (loss.item() - average)
-        tell(counts, asked, hits)
+        tally(hits, asked, counts)
         if elapsed - shown_at > args.report:
             shown_at = elapsed
-            print(f"step {step} {elapsed:.0f} s: loss {average:.3f} {shown(counts)}", flush=True)
+            print(f"step {step} {elapsed:.0f} s: loss {average:.3f} {by_type(counts)}", flush=True)
             counts = {}
     if watched is not None:
         print(f"after {step} steps, held-out: {monitor(tuned, asker, watched, held_out, args.tokens)}", flush=True)
