@@ -4,8 +4,8 @@
 
 For every layer of the unpatched model: of the patches asked about (of 20 or 40 where there are more), the share that is
 among the 20 and 40 of all 576 with most attention from the text after the picture (what stage 2 reads), and from the
-last token alone; and what share of the text's attention goes to the picture at all. Questions are every n-th of those in
-the evaluation set that ask about patches.
+last token alone; and what share of the text's attention goes to the picture. Questions are every n-th of those in the
+evaluation set that ask about patches.
 """
 
 from __future__ import annotations
