@@ -1,4 +1,7 @@
-"""LLaVA 1.5: CLIP (or any transformers vision tower), two-layer projector, Llama-like language model."""
+"""LLaVA 1.5: CLIP (or any transformers vision tower), two-layer projector, Llama-like language model.
+
+A Pixtral tower takes images of any size, and gives the projector all of a call's in one row.
+"""
 
 from typing import Any
 
@@ -11,6 +14,14 @@ from lp_patch.registry import Adapter
 def _width(config: Any) -> int:
     layers = config.vision_feature_layer
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
+
+
+def _pictures(base: Any, arguments: dict[str, Any]) -> list[int] | None:
+    sizes = arguments.get("image_sizes")
+    if sizes is None:
+        return None
+    patch = base.vision_tower.patch_size
+    return [int(height) // patch * (int(width) // patch) for height, width in sizes.tolist()]
 
 
 def _vision_attention(base: nn.Module) -> list[nn.Module]:
@@ -35,6 +46,7 @@ ADAPTER = Adapter(
     model_type="llava",
     family="LLaVA",
     projector="multi_modal_projector",
+    pictures=_pictures,
     width=_width,
     vision_attention=_vision_attention,
 )

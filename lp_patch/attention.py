@@ -1,8 +1,9 @@
-"""Reading one attention layer's own queries and keys, whatever attention back-end the model uses.
+"""Reading or replacing one attention layer's attention, whatever back-end the model uses.
 
 transformers looks the attention function up by name in each call, in a config that all layers share. A tapped layer
-sees that config through a proxy in which only the name differs; the function behind it looks, then calls the back-end
-that the shared config names at that moment.
+sees that config through a view in which only the name differs; the function behind it looks, then calls the back-end
+that the shared config names at that moment, with the layer as it was. For whom it looks arrives as a keyword of the
+language model's forward (`KEY`), which the layers hand on.
 """
 
 import sys
@@ -18,25 +19,31 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .errors import UnsupportedModelError
 
+KEY = "lp_patch"  # the keyword by which a forward carries its state to its layers
 TAP_NAME = "lp_patch_tap"
-REPLACED_NAME = "lp_patch_replaced"
 
-Observer = Callable[[Tensor, Tensor, Tensor, float], Any]
+# (what came under KEY or None, query, key, value, scaling) -> None: the layer's own attention, or (B, H, Q, D) for it
+Observer = Callable[[Any, Tensor, Tensor, Tensor, float], Tensor | None]
 
 
 class TappedConfig:
-    """A live view of a config, in which `_attn_implementation` names the tap.
+    """A live view of a config, in which `_attn_implementation` names the tap; the back-end's name is its ending.
 
-    Plain Python on purpose: dynamo reads through C-level proxies without noticing what they override.
+    transformers asks names whether "flash" is in them. Plain Python on purpose: dynamo reads through C-level proxies
+    without noticing what they override.
     """
-
-    _attn_implementation = TAP_NAME
 
     def __init__(self, config: Any, observer: Observer) -> None:
         self._tapped = config
         self._observer = observer
 
+    @property
+    def _attn_implementation(self) -> str:
+        return tap_name(self._tapped._attn_implementation)
+
     def __getattr__(self, name: str) -> Any:
+        if name == "_tapped":  # half unpickled
+            raise AttributeError(name)
         return getattr(self._tapped, name)
 
     def __deepcopy__(self, memo: dict) -> "TappedConfig":
@@ -46,39 +53,43 @@ class TappedConfig:
         return type(self), (self._tapped, self._observer)
 
 
-@torch.compiler.disable
-def _tapped_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The registered attention function: show query (B, H, Q, D), key and value (B, KV, K, D), call the real one."""
+class Untapped:
+    """An attention module as it was before its tap, for a back-end that reads its config."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+        self.config = module.config._tapped
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+def tap_name(implementation: str) -> str:
+    """The name under which the tap before this back-end is registered, here if it is not yet."""
+    name = f"{TAP_NAME}|{implementation}"
+    if name not in AttentionInterface._global_mapping:
+        AttentionInterface.register(name, _tapped_attention)
+    return name
+
+
+def _tapped_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
+) -> Any:
+    """The registered attention function: query (B, H, Q, D), key and value (B, KV, K, D)."""
     config = module.config
-    scaling = kwargs.get("scaling")
-    config._observer(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    factor = query.shape[-1] ** -0.5 if scaling is None else scaling
+    out = config._observer(kwargs.pop(KEY, None), query, key, value, factor)
+    if out is not None:
+        return out.transpose(1, 2).contiguous(), None
     name = config._tapped._attn_implementation
-    attention = _eager_attention(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-    return attention(module, query, key, value, *args, **kwargs)
+    attention = _eager_attention(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name.removeprefix("paged|")]
+    if scaling is not None:
+        kwargs["scaling"] = scaling
+    return attention(Untapped(module), query, key, value, mask, **kwargs)
 
 
 def _eager_attention(module: nn.Module) -> Callable:
     return sys.modules[type(module).__module__].eager_attention_forward
-
-
-class ReplacedConfig(TappedConfig):
-    """The same view, in which `_attn_implementation` names a function that may take the layer's place."""
-
-    _attn_implementation = REPLACED_NAME
-
-
-def _replaced_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float | None = None, **kwargs: Any
-) -> Any:
-    """The registered attention function: ours, or where that returns None the real one."""
-    config = module.config
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = config._observer(query, key, value, scaling)
-    if out is not None:
-        return out.transpose(1, 2).contiguous(), None
-    name = config._tapped._attn_implementation
-    attention = _eager_attention(module) if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
-    return attention(module, query, key, value, mask, scaling=scaling, **kwargs)
 
 
 def check_tappable(attention: nn.Module, path: str) -> None:
@@ -103,19 +114,8 @@ def check_rotary(attention: nn.Module, path: str) -> None:
 
 
 def install_tap(attention: Any, observer: Observer) -> Callable[[], None]:
-    """Show `observer` every (query, key, value, scaling) of this module; returns what undoes it."""
-    AttentionInterface.register(TAP_NAME, _tapped_attention)
+    """Show `observer` every call of this module's attention; returns what undoes it."""
     attention.config = TappedConfig(attention.config, observer)
-    return partial(_remove_tap, attention)
-
-
-def install_attention(attention: Any, function: Callable) -> Callable[[], None]:
-    """Compute this module's attention by `function` (query, key, value, scaling) -> (B, H, Q, D), or None for its own.
-
-    Returns what undoes it.
-    """
-    AttentionInterface.register(REPLACED_NAME, _replaced_attention)
-    attention.config = ReplacedConfig(attention.config, function)
     return partial(_remove_tap, attention)
 
 

@@ -1,7 +1,9 @@
 """KV-cache layers that hold fewer tokens than they have seen.
 
-transformers reads "tokens seen so far" and the size of its masks from the cache. A pruned layer answers the first with
-the logical number, and the second with the physical one, shifted by what was dropped, as sliding-window layers do.
+transformers reads "tokens seen so far" and the size of its masks from the cache. A pruned dynamic layer answers the
+first with the logical number, and the second with the physical one, shifted by what was dropped, as sliding-window
+layers do. A pruned static layer keeps its logical length: survivors lie in the slots of their original positions, and
+`stored` says which slots were written, so that whatever is compiled around it is stock.
 """
 
 from copy import deepcopy
@@ -11,11 +13,28 @@ from typing import Any
 import torch
 import wrapt
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, StaticLayer
 
 from .errors import UnsupportedInputError
 
 _ids = count(1)
+
+UNLED = (
+    "this cache was filled by a patched model, and holds fewer tokens than it has seen: only a model that lp_patch has "
+    "patched can go on with it. Apply the patch again, or build the cache anew"
+)
+
+
+class Lead:
+    """Shared by the layers of one cache.
+
+    Attributes:
+        on: whether a patched forward is under way, which knows what they hold.
+        padded: whether any layer has padding among its stored keys.
+    """
+
+    on = False
+    padded = False
 
 
 class PrunedLayer(wrapt.BaseObjectProxy):
@@ -30,16 +49,30 @@ class PrunedLayer(wrapt.BaseObjectProxy):
         _self_tail: how many of the last of those P do so too, in every row: what can still be cropped.
         _self_shift: (B, 1) int64, what compact positions lag behind original ones, or None.
         _self_history: ids of the prunings this layer went through; layers with equal histories hold equal tokens.
+        _self_lead: of the cache.
+        _self_last: whether this is its last layer.
     """
 
     def __init__(self, layer: Any) -> None:
         super().__init__(layer)
+        self._self_lead = Lead()
+        self._self_last = False
         self._self_dropped = 0
         self._self_valid: Tensor | None = None
         self._self_covered = 0
         self._self_tail = 0
         self._self_shift: Tensor | None = None
         self._self_history: tuple[int, ...] = ()
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store (B, KV, N, D) keys and values; one token alone is right without a patch too, if no row is padded."""
+        if not self._self_lead.on and (
+            key_states.shape[-2] > 1 or self._self_valid is not None or self._self_shift is not None
+        ):
+            raise UnsupportedInputError(UNLED)
+        if self._self_last:
+            self._self_lead.on = False
+        return self.__wrapped__.update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> int:
         """Tokens seen, stored or not."""
@@ -115,6 +148,8 @@ class PrunedLayer(wrapt.BaseObjectProxy):
             self._self_tail,
             self._self_shift,
             self._self_history,
+            self._self_lead,
+            self._self_last,
         )
 
 
@@ -127,8 +162,98 @@ def _rebuild(layer: Any, state: tuple) -> PrunedLayer:
         pruned._self_tail,
         pruned._self_shift,
         pruned._self_history,
+        pruned._self_lead,
+        pruned._self_last,
     ) = state
     return pruned
+
+
+class PrunedStaticLayer(StaticLayer):
+    """A static layer in which some slots were never written. Its class is set on a `StaticLayer` in place.
+
+    Attributes:
+        pruned: False after `reset`: a static layer like any other.
+        stored: (B, slots) bool, False where a slot was left out; one buffer for all layers of a stage.
+        pending: what the next `update` is to do as a pruned prefill, or None.
+        covered: tokens seen when it was pruned; `tail`: how many of the last of those every row kept.
+        shift: (B, 1) int64 on the cache's first layer, what compact positions lag behind original ones, or None.
+        owner: whether this layer keeps `stored` in order for the others that share it.
+        lead: of the cache; `last`: whether this is its last layer.
+    """
+
+    pruned: bool
+    stored: Tensor
+    pending: "Slots | None"
+    covered: int
+    tail: int
+    shift: Tensor | None
+    owner: bool
+    lead: Lead
+    last: bool
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Store (B, KV, N, D) keys and values, and return those to attend to."""
+        if self.pruned:
+            if not self.lead.on:
+                raise UnsupportedInputError(UNLED)
+            if self.last:
+                self.lead.on = False
+        if self.pending is None:
+            return super().update(key_states, value_states, *args, **kwargs)
+        slots, self.pending = self.pending, None
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        fresh = (key_states, value_states)
+        for buffer, new in zip((self.keys, self.values), fresh, strict=True):
+            index = slots.index[:, None, :, None].to(new.device).expand(-1, new.shape[1], -1, new.shape[3])
+            if slots.pick is not None:
+                new = new.gather(2, slots.pick[:, None, :, None].to(new.device).expand_as(index))
+            buffer.scatter_(2, index, new)
+        self.cumulative_length.add_(slots.seen)
+        if slots.past == 0:
+            return fresh
+        keys = torch.cat([self.keys[:, :, : slots.past], key_states], dim=2)
+        return keys, torch.cat([self.values[:, :, : slots.past], value_states], dim=2)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens; refuses to cut into pruned visual tokens."""
+        after = int(self.get_seq_length()) + min(0, tokens_to_remove)
+        if self.pruned and after < self.covered - self.tail:
+            least = self.covered - self.tail - int(self.get_seq_length())
+            raise UnsupportedInputError(
+                f"crop({tokens_to_remove}) would cut into pruned visual tokens, of which only some were stored: "
+                f"give a value from {least} to 0, or build the cache anew"
+            )
+        super().crop(tokens_to_remove)
+        if self.pruned and after < self.covered:
+            self.covered, self.tail = after, self.tail - (self.covered - after)
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.stored.fill_(True)
+        self.pruned, self.pending, self.shift = False, None, None
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows in another order (beam search)."""
+        super().reorder_cache(beam_idx)
+        if self.owner:
+            self.stored.copy_(self.stored.index_select(0, beam_idx.to(self.stored.device)))
+
+
+class Slots:
+    """How a pruned prefill writes into the static layers of one stage.
+
+    Attributes:
+        index: (B, N) int64, the slot of each token; where rows are padded, of the token that `pick` names.
+        pick: (B, N) int64 into the N tokens, a real one in the place of each padding, or None if no row is padded.
+        past: tokens that were seen before.
+        seen: tokens of this prefill as the caller counts them.
+        stored: (B, slots) bool, already marked.
+    """
+
+    def __init__(self, index: Tensor, pick: Tensor | None, past: int, seen: int, stored: Tensor) -> None:
+        self.index, self.pick, self.past, self.seen, self.stored = index, pick, past, seen, stored
 
 
 def new_history_id() -> int:
@@ -137,11 +262,39 @@ def new_history_id() -> int:
 
 
 def pruned_layer(cache: Cache | None, index: int) -> PrunedLayer | None:
-    """The cache's layer `index` if it was pruned, else None."""
+    """The cache's dynamic layer `index` if it was pruned, else None."""
     if cache is None or index >= len(cache.layers):
         return None
     layer: Any = cache.layers[index]
     return layer if isinstance(layer, PrunedLayer) else None
+
+
+def is_pruned(cache: Any) -> bool:
+    """Whether a cache holds fewer tokens than it has seen; what is no transformers Cache never does."""
+    if not isinstance(cache, Cache) or not cache.layers:
+        return False
+    first: Any = cache.layers[0]
+    return isinstance(first, PrunedLayer) or (isinstance(first, PrunedStaticLayer) and first.pruned)
+
+
+def lead(cache: Cache) -> None:
+    """Let a pruned cache's layers be used: the forward that comes knows what they hold."""
+    first: Any = cache.layers[0]
+    (first.lead if isinstance(first, PrunedStaticLayer) else first._self_lead).on = True
+
+
+def shift_of(cache: Any) -> Tensor | None:
+    """(B, 1) int64, what compact positions lag behind original ones in this cache, or None."""
+    if not is_pruned(cache):
+        return None
+    first: Any = cache.layers[0]
+    return first.shift if isinstance(first, PrunedStaticLayer) else first._self_shift
+
+
+def is_padded(cache: Cache) -> bool:
+    """Whether a pruned dynamic cache has padding among its stored keys."""
+    first: Any = cache.layers[0]
+    return first._self_lead.padded
 
 
 def check_prunable(cache: object) -> None:
@@ -149,11 +302,17 @@ def check_prunable(cache: object) -> None:
     if cache is None:
         return
     if not isinstance(cache, Cache):
-        raise UnsupportedInputError(f"the cache must be a transformers Cache, got {type(cache).__name__}")
+        raise UnsupportedInputError(
+            f"lp_patch prunes what lies in a transformers Cache, got {type(cache).__name__}: pictures in continuous "
+            "batching (generate_batch, transformers serve) need the patch removed"
+        )
     for layer in cache.layers:
+        static = getattr(layer, "is_compileable", False)
         # before 5.x a static layer was told its slots, counted before tokens were cut
-        placed_by_caller = getattr(layer, "is_compileable", False) and not hasattr(layer, "cumulative_length")
-        if getattr(layer, "is_sliding", False) or placed_by_caller or not hasattr(layer, "get_mask_sizes"):
+        unknown = static and not (
+            type(layer) in (StaticLayer, PrunedStaticLayer) and hasattr(layer, "cumulative_length")
+        )
+        if getattr(layer, "is_sliding", False) or unknown or not hasattr(layer, "get_mask_sizes"):
             raise UnsupportedInputError(
                 f"lp_patch prunes dynamic, static, quantised and offloaded caches; {type(cache).__name__} holds "
                 f"{type(layer).__name__}, which is windowed, no attention layer, or static in a transformers before "
@@ -161,9 +320,9 @@ def check_prunable(cache: object) -> None:
             )
 
 
-def is_static(cache: Cache | None) -> bool:
-    """Whether the cache has a fixed number of slots, for which generate() makes 4-D masks itself."""
-    return cache is not None and cache.is_compileable
+def is_static(cache: Any) -> bool:
+    """Whether the cache has a fixed number of slots, for which generate() makes masks over all of them itself."""
+    return isinstance(cache, Cache) and cache.is_compileable
 
 
 def seen_tokens(cache: Cache | None) -> int:
@@ -173,12 +332,14 @@ def seen_tokens(cache: Cache | None) -> int:
 
 def history(cache: Cache | None, index: int) -> tuple[int, ...]:
     """The prunings that layer `index` went through; layers with equal histories hold equal tokens."""
+    if cache is not None and index < len(cache.layers) and isinstance(cache.layers[index], PrunedStaticLayer):
+        return (id(cache.layers[index].stored),) if cache.layers[index].pruned else ()
     layer = pruned_layer(cache, index)
     return () if layer is None else layer._self_history
 
 
 def stored_tokens(cache: Cache | None, index: int) -> int:
-    """Physical entries of layer `index`."""
+    """Keys that layer `index` brings from before; of a static layer all that it has seen, its `stored` says which."""
     if cache is None or index >= len(cache.layers):
         return 0
     pruned = pruned_layer(cache, index)
@@ -188,7 +349,7 @@ def stored_tokens(cache: Cache | None, index: int) -> int:
 def mark_pruned(
     cache: Cache, index: int, dropped: int, valid: Tensor | None, tail: int, shift: Tensor | None, history: int
 ) -> None:
-    """Record that layer `index` was just given `dropped` tokens fewer than it was shown.
+    """Record that dynamic layer `index` was just given `dropped` tokens fewer than it was shown.
 
     Args:
         valid: (B, P) bool over all its physical entries, or None if all are real.
@@ -196,8 +357,8 @@ def mark_pruned(
         shift: (B, 1) int64, or None.
         history: from `new_history_id`, equal for layers that dropped the same tokens.
     """
-    if stored_tokens(cache, index) == 0:
-        return  # gradient checkpointing hands the layers no cache
+    if index >= len(cache.layers) or isinstance(cache.layers[index], StaticLayer) or stored_tokens(cache, index) == 0:
+        return  # static layers know; gradient checkpointing hands the layers no cache
     layer: Any = cache.layers[index]
     if not isinstance(layer, PrunedLayer):
         layer = cache.layers[index] = PrunedLayer(layer)  # type: ignore[call-overload]
@@ -207,6 +368,50 @@ def mark_pruned(
     layer._self_tail = tail
     layer._self_shift = shift
     layer._self_history = (*layer._self_history, history)
+    first: Any = cache.layers[0]
+    layer._self_lead, layer._self_last = first._self_lead, index == len(cache.layers) - 1
+    layer._self_lead.padded |= valid is not None
+
+
+def prepare_slots(
+    cache: Cache, index: int, where: Tensor, pick: Tensor | None, past: int, seen: int, tail: int, known: Slots | None
+) -> Slots:
+    """Tell static layer `index` where its next tokens go.
+
+    Args:
+        where: (B, N) int64, their positions in the input.
+        pick: as in `Slots`.
+        past: tokens seen before this forward.
+        seen: tokens of this forward as the caller counts them.
+        tail: last tokens of the input that every row kept.
+        known: what an earlier layer of the stage was told, or None for the first.
+    """
+    layer: Any = cache.layers[index]
+    if not isinstance(layer, PrunedStaticLayer):
+        layer.__class__ = PrunedStaticLayer
+        layer.pruned = layer.owner = False
+        layer.shift = None
+    layer.owner, owned = known is None, layer.owner
+    if known is None:
+        if owned and len(layer.stored) == len(where):
+            stored = layer.stored
+        elif layer.pruned:
+            stored = layer.stored.clone()
+        else:
+            stored = torch.ones(len(where), layer.max_cache_len, dtype=torch.bool, device=where.device)
+        # a fixed address, as the layer's own buffers have it: CUDA graphs read it in every step
+        torch._dynamo.mark_static_address(stored)
+        places = (where if pick is None else where.gather(1, pick)) + past
+        stored[:, past : past + seen] = False
+        stored.scatter_(1, places, True)
+        known = Slots(places, pick, past, seen, stored)
+    first: Any = cache.layers[0]
+    layer.stored, layer.pending, layer.pruned = known.stored, known, True
+    layer.covered, layer.tail = past + seen, tail
+    layer.lead = first.lead if index else Lead()
+    layer.lead.on = True
+    layer.last = index == len(cache.layers) - 1
+    return known
 
 
 def valid_keys(
@@ -226,28 +431,23 @@ def valid_keys(
     Returns:
         (B, P + N) bool over the P stored entries and the layer's N new tokens, or None if all are real.
     """
-    stored = stored_tokens(cache, index)
-    layer = pruned_layer(cache, index)
-    covered = 0 if layer is None else layer._self_covered
-    head = None if layer is None else layer._self_valid
+    past = stored_tokens(cache, index)
     end = 0 if attention_mask is None else attention_mask.shape[1] - new
-    tail = None if attention_mask is None else attention_mask[:, end - (stored - covered) : end].bool()
     fresh, n_fresh = (
         cut if cut is not None else (None if attention_mask is None else attention_mask[:, end:].bool(), new)
     )
-    parts = [(head, covered), (tail, stored - covered), (fresh, n_fresh)]
+    layer: Any = None if cache is None or index >= len(cache.layers) else cache.layers[index]
+    if isinstance(layer, PrunedStaticLayer) and past:
+        head = layer.stored[:, :past]
+        parts = [(head if attention_mask is None else head & attention_mask[:, :past].bool().to(head.device), past)]
+    else:
+        layer = pruned_layer(cache, index)
+        covered = 0 if layer is None else layer._self_covered
+        tail = None if attention_mask is None else attention_mask[:, end - (past - covered) : end].bool()
+        parts = [(None if layer is None else layer._self_valid, covered), (tail, past - covered)]
+    parts = [(part, size) for part, size in [*parts, (fresh, n_fresh)] if size]
     known = next((part for part, _ in parts if part is not None), None)
     if known is None:
         return None
-    return torch.cat(
-        [known.new_ones((known.shape[0], size)) if part is None else part.to(known.device) for part, size in parts],
-        dim=1,
-    )
-
-
-def mask_columns(cache: Cache | None, index: int, valid: Tensor | None) -> Tensor | None:
-    """A 2-D mask whose columns transformers' mask builders read for layer `index`: they skip the dropped ones."""
-    layer = pruned_layer(cache, index)
-    if valid is None or layer is None:
-        return valid
-    return torch.nn.functional.pad(valid, (layer._self_dropped, 0), value=True)
+    filled = [known.new_ones((known.shape[0], size)) if part is None else part.to(known.device) for part, size in parts]
+    return filled[0] if len(filled) == 1 else torch.cat(filled, dim=1)

@@ -1,10 +1,12 @@
 """The one file that looks at library versions, or rather at what moved between them.
 
-Tried with transformers 4.57, 5.17 and 5.24.
+Tried with transformers 4.57, 5.17, 5.23 and 5.24.
 """
 
+import ast
 import inspect
-from collections.abc import Callable
+import sys
+import textwrap
 from dataclasses import fields, replace
 from typing import Any
 
@@ -20,36 +22,59 @@ _LAYER_INDEX = "layer_idx" in _PARAMETERS
 # the cache's name among a forward's arguments and in its output: the newer one from 5.24 on
 CACHE = "cache" if "cache" in _PARAMETERS else "past_key_values"
 
-# methods of generate() that may cut a prompt into chunks
+# methods of generate(): that may cut a prompt into chunks (one of them); that starts assisted decoding; that makes a
+# forward's inputs
 PREFILL_METHODS = ("_prefill", "_prefill_chunking")
+CANDIDATE_METHOD = "_get_candidate_generator"
+PREPARE_METHOD = "prepare_inputs_for_generation"
+
+# keywords with bounds of packed sequences, which FlashAttention takes in place of a mask
+PACKED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
 
 
-class _OneLayer:
-    """A cache of which mask builders see a single layer: before 5.x they always asked for the first one."""
+class _Stored:
+    """Stands in for a cache that holds `past` tokens, for mask builders."""
 
     is_sliding = (False,)
     is_compileable = False
 
-    def __init__(self, cache: Cache, layer: int) -> None:
-        self._cache, self._layer = cache, layer
+    def __init__(self, past: int) -> None:
+        self._past = past
 
-    def get_mask_sizes(self, cache_position: Tensor, layer_idx: int) -> tuple[int, int]:
-        return self._cache.get_mask_sizes(cache_position, self._layer)  # type: ignore[arg-type]
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._past
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, new: Any, layer_idx: int = 0) -> tuple[int, int]:
+        return self._past + (new.shape[0] if isinstance(new, Tensor) else new), 0
 
 
-def causal_mask(config: Any, hidden: Tensor, attention_mask: Tensor | None, cache: Cache | None, layer: int) -> Any:
-    """The mask that transformers would hand to decoder layer `layer`, sized for that layer's own keys.
+def causal_mask(config: Any, hidden: Tensor, valid: Tensor | None, past: int) -> Any:
+    """The mask that transformers would hand to a decoder layer over `past` stored keys and the layer's own tokens.
 
     Args:
         hidden: (B, Q, C), the layer's input; only its shape, dtype and device are read.
-        attention_mask: (B, offset + P + Q) over the layer's physical keys, or None if all are real.
+        valid: (B, past + Q) bool, which keys are real, or None if all are.
+        past: stored keys.
     """
+    cache: Any = _Stored(past) if past else None
+    if valid is not None:
+        valid = valid.to(hidden.device)
     if _LAYER_INDEX:
-        return create_causal_mask(config, hidden, attention_mask, cache, layer_idx=layer)
-    seen = 0 if cache is None else cache.get_seq_length(layer)
-    position = torch.arange(seen, seen + hidden.shape[1], device=hidden.device)
-    view: Any = None if cache is None else _OneLayer(cache, layer)
-    return create_causal_mask(config, hidden, attention_mask, position, view)
+        return create_causal_mask(config, hidden, valid, cache, layer_idx=0)
+    position = torch.arange(past, past + hidden.shape[1], device=hidden.device)
+    return create_causal_mask(config, hidden, valid, position, cache)
+
+
+def slot_mask(config: Any, hidden: Tensor, valid: Tensor, cache: Cache) -> Any:
+    """The mask (B, 1, Q, slots) of a decoder layer over all slots of a static cache.
+
+    Args:
+        hidden: (B, Q, C), the layer's input; only its shape, dtype and device are read.
+        valid: (B, slots) bool, which slots hold, or will hold, a real token.
+    """
+    return create_causal_mask(config, hidden, valid.to(hidden.device), cache, layer_idx=0)
 
 
 def merging_module(model: Any) -> Any:
@@ -65,15 +90,38 @@ def encoded_features(output: Any) -> Any:
     return getattr(output, "pooler_output", None)
 
 
-def unmark(output: Any, survivors: Callable[[Tensor], Tensor]) -> None:
-    """Replace the image features that a model's output shows; from 5.24 on that is what the encoder returned."""
-    encoded = getattr(output, "image_outputs", None)
-    if isinstance(encoded, BaseModelOutputWithPooling) and encoded.pooler_output is not None:
-        # a copy: the caller may hold the encoder's output, and give it again
-        features: Any = [survivors(x) for x in encoded.pooler_output]
-        output.image_outputs = replace(encoded, pooler_output=features)
-    elif isinstance(states := getattr(output, "image_hidden_states", None), Tensor):
-        output.image_hidden_states = survivors(states)
+def show_survivors(output: Any, features: list[Tensor], survivors: list[Tensor]) -> Any:
+    """A model's output in which the image features that it shows are the survivors.
+
+    Args:
+        output: of the merging module, a ModelOutput or a tuple.
+        features: (N, D) each, as they were encoded, some rows without meaning.
+        survivors: (R, D) each.
+    """
+    known = {id(feature) for feature in features}
+    rows = sum(len(feature) for feature in features)
+
+    def shown(value: Any) -> Any:
+        # from 5.24 on what the encoder returned, before that its features alone, in one tensor or one by one
+        pooled = getattr(value, "pooler_output", None) if isinstance(value, BaseModelOutputWithPooling) else None
+        if pooled is not None and not isinstance(pooled, Tensor) and known >= {id(x) for x in pooled}:
+            return replace(value, pooler_output=survivors)  # a copy: the caller may hold the encoder's output
+        if isinstance(value, (tuple, list)) and len(value) and known >= {id(x) for x in value}:
+            return type(value)(survivors)
+        # whatever has as many rows of that width as all features are these
+        if isinstance(value, Tensor) and value.shape[-1] == features[0].shape[-1]:
+            if value.dim() == 3 and value.shape[:2] == (len(features), rows // len(features)):
+                return torch.cat(survivors)
+            if value.dim() == 2 and len(value) == rows:
+                return torch.cat(survivors)
+        return value
+
+    if isinstance(output, tuple):
+        return tuple(map(shown, output))
+    for name in ("image_outputs", "image_hidden_states"):
+        if output.get(name) is not None:
+            output[name] = shown(output[name])
+    return output
 
 
 def cache_in(kwargs: dict) -> Any:
@@ -90,6 +138,49 @@ def cache_out(output: Any) -> Any:
 def uncounted(kwargs: dict) -> dict:
     """Without `cache_position`, which counts the tokens before they were cut: the model makes its own."""
     return kwargs if kwargs.get("cache_position") is None else {**kwargs, "cache_position": None}
+
+
+def computes_with(module: Any, name: str) -> bool:
+    """Whether a module's forward does more with an argument than hand it on under its own name.
+
+    Where its source cannot be read, an argument that it names is taken to be computed with.
+    """
+    forward = inspect.unwrap(type(module).forward)
+    if name not in inspect.signature(forward).parameters:
+        return False
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
+    except (OSError, TypeError, SyntaxError):
+        return True
+    handed_on = {
+        id(keyword.value)
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call)
+        for keyword in call.keywords
+        if keyword.arg == name and isinstance(keyword.value, ast.Name)
+    }
+    return any(isinstance(x, ast.Name) and x.id == name and id(x) not in handed_on for x in ast.walk(tree))
+
+
+def window(layer: Any, attention: Any) -> int | None:
+    """How many keys back this decoder layer's attention looks, or None for all of them.
+
+    Some attentions say so themselves; others read the config, which may carry a number that nobody reads.
+    """
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    if "sliding_attention" in (getattr(layer, "attention_type", None), getattr(layer, "layer_type", None)):
+        return attention.config.sliding_window
+    try:
+        reads = "sliding_window" in inspect.getsource(sys.modules[type(attention).__module__])
+    except (OSError, TypeError):
+        reads = True
+    return getattr(attention.config, "sliding_window", None) if reads else None
+
+
+def is_exporting() -> bool:
+    """Whether torch.export or torch.jit.trace is recording this call."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def warmup(share: float) -> dict[str, float]:

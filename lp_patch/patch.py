@@ -5,47 +5,63 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from .compat import merging_module
 from .config import PruningConfig, make_config
+from .engine import Engine
 from .install import Installation, forget_compiled, owner, unhook
 from .pruner import WEIGHTS_FILE, LearnablePruner, find_pruner, resolve_pruner
 from .registry import Parts, find_parts, unwrap
 from .report import Report, make_report
+from .settings import Settings, resolve
 from .strategies import may_use_pruner
-from .surgery import Surgery
 from .trace import Trace
 
 
 class Patch:
     """A patched model's handle: what was asked for, what was done, and the way back."""
 
-    def __init__(self, parts: Parts, config: PruningConfig, pruner: LearnablePruner | None) -> None:
-        self.config = config
+    def __init__(self, parts: Parts, settings: Settings) -> None:
+        self.config = settings.config
         self._parts = parts
-        self._surgery = Surgery(parts, config, pruner)
-        self._surgery.patch = self
+        self._settings = settings
+        self._engine = Engine(parts, settings)
+        self._engine.patch = self
         self._installation = Installation()
 
     @property
     def trace(self) -> Trace | None:
         """What the latest prefill kept (this thread's, else any thread's); None before the first one."""
-        record = self._surgery.record
+        record = self._engine.record
         return None if record is None else record.trace()
 
     def report(self) -> Report:
         """What the latest prefill saved; print it, or read its fields."""
         model = self._parts.language_model
         return make_report(
-            self.trace, self._parts.layers, model.config, model.dtype.itemsize, self._surgery.shape.layer
+            self.trace, self._parts.layers, model.config, model.dtype.itemsize, self._settings.shape.layer
         )
+
+    @contextmanager
+    def asking(self, mask: Tensor) -> Iterator[None]:
+        """Within the block, and in this thread, only these tokens of a prompt may ask in stage 2.
+
+        By default all text after the last image asks, but for tokens that `labels` mark as answers and for what
+        `generate()` made. A mask serves whoever re-sends a whole conversation (only the last turn asks) or scores
+        answers without labels.
+
+        Args:
+            mask: (B, S) bool, the prompts' tokens; in `generate()` what is generated never asks.
+        """
+        with self._engine.asking(mask):
+            yield
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the settings, and the pruner if there is one: `lp_patch.apply(model, folder)` patches alike."""
         self.config.save(folder)
-        if self._surgery.pruner is not None:
-            self._surgery.pruner.save_pretrained(folder)
+        if self._settings.pruner is not None:
+            self._settings.pruner.save_pretrained(folder)
 
     def remove(self) -> None:
         """Take everything back, bit for bit. Does nothing the second time."""
@@ -53,7 +69,7 @@ class Patch:
             return
         self._installation.remove()
         for module in self._parts.model.modules():
-            unhook(module, self._surgery)
+            unhook(module, self._engine)
         forget_compiled()
 
     @property
@@ -62,9 +78,9 @@ class Patch:
         return self._installation.active
 
     def __repr__(self) -> str:
-        c, shape = self.config, self._surgery.shape
+        c, shape = self.config, self._settings.shape
         budget = f"tokens={c.tokens}" if c.tokens is not None else f"ratio={c.ratio:.4g}"
-        stages = f"{self._surgery.scorer.name!r} before the LLM"
+        stages = f"{self._settings.scorer.name!r} before the LLM"
         if c.stage_ratio > 1:
             stages += f", {c.text_scorer!r} after layer {shape.layer} of {shape.n_layers}"
         if shape.wipe_layer is not None:
@@ -74,7 +90,7 @@ class Patch:
 
     def _install(self) -> None:
         try:
-            self._surgery.install(self._installation)
+            self._engine.install(self._installation)
         except BaseException:
             self.remove()
             raise
@@ -85,9 +101,9 @@ def _find(model: object) -> Patch | None:
     """The patch on a model, found by its own hooks, so that copies of the model know theirs."""
     base = merging_module(unwrap(model))
     for hook in getattr(base, "_forward_pre_hooks", {}).values():
-        surgery = owner(hook)
-        if isinstance(surgery, Surgery):
-            return surgery.patch
+        engine = owner(hook)
+        if isinstance(engine, Engine):
+            return engine.patch
     return None
 
 
@@ -133,7 +149,7 @@ def apply(
         module = find_pruner(parts.model.config, parts.width)
     else:
         module = resolve_pruner(pruner, parts.width, parts.model.config)
-    patch = Patch(parts, settings, module)
+    patch = Patch(parts, resolve(parts, settings, module))
     earlier = _find(model)
     if earlier is not None:
         earlier.remove()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from .compat import merging_module
+from .compat import computes_with, merging_module, window
 from .errors import ConfigError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "lp_patch.adapters"
@@ -66,6 +66,9 @@ class Adapter:
             the whole model. None: the forward of the model without its head merges, a feature row per placeholder.
         projector: module that maps encoder features (B, N, C) token by token to the language model's width; stage 1
             prunes before it. None where none does so (mergers, tilings): stage 1 then prunes the projected features.
+        pictures: (merging module, arguments of the encoding method by name) -> tokens of each image in the projector's
+            input, in order, where the rows there are not one image each; or None where they are. What it answers is
+            checked against the features that come out.
         width: from the model's config, the width of the features that stage 1 reads; None: the language model's.
         structural: (merging module, embeddings (B, S, D)) -> (B, S) bool, rows that carry no picture (line breaks of
             a tiling): kept and not counted.
@@ -88,6 +91,7 @@ class Adapter:
     modalities: tuple[Modality, ...] = (IMAGE,)
     merge: str | None = None
     projector: str | None = None
+    pictures: Callable[[Any, dict[str, Any]], list[int] | None] | None = None
     width: Callable[[Any], int] | None = None
     structural: Callable[[Any, Tensor], Tensor] | None = None
     merge_adjacent: bool | tuple[str, ...] = False
@@ -104,7 +108,8 @@ class Adapter:
 class Parts:
     """The patch points of one live model, all found.
 
-    `modalities` are those that this model's config has a placeholder for, with the token's id in place of its name.
+    `modalities` are those that this model's config has a placeholder for; `true_positions`: its layers compute with
+    position ids themselves, beside the rotary embedding.
     """
 
     adapter: Adapter
@@ -118,14 +123,24 @@ class Parts:
     rotary: nn.Module
     width: int
     first_cut: int
+    true_positions: bool
 
 
 class ModalityPart(NamedTuple):
-    """A modality of a live model: its name, its encoding method, its placeholder's id."""
+    """A modality of a live model: its name, its encoding method, and where its placeholder's id stands.
+
+    Users change the id after `apply` (new tokens, resized embeddings): it is read from the config in each call.
+    """
 
     name: str
     encode: str
-    placeholder: int
+    config: Any
+    field: str | int
+
+    @property
+    def placeholder(self) -> int:
+        """The id now."""
+        return self.field if isinstance(self.field, int) else getattr(self.config, self.field)
 
 
 _adapters: dict[str, Adapter] = {}
@@ -229,30 +244,28 @@ def find_parts(model: object) -> Parts:
             f"pruning inside the language model needs 2 decoder layers or more, found {len(layers)}"
         )
     text_config = language_model.config
-    if getattr(text_config, "sliding_window", None) or "sliding_attention" in (
-        getattr(text_config, "layer_types", None) or ()
-    ):
+    attention = tuple(point(layer, adapter.attention) for layer in layers)
+    windows = [i for i, (x, y) in enumerate(zip(layers, attention, strict=True)) if window(x, y) is not None]
+    if windows:
         raise UnsupportedModelError(
-            f"the language model ({text_config.model_type}) uses sliding-window attention, which pruning would widen: "
-            "such layers are not supported"
+            f"the language model ({text_config.model_type}) uses sliding-window attention in {len(windows)} of "
+            f"{len(layers)} decoder layers, the first of them layer {windows[0] + 1}, which pruning would widen: such "
+            "layers are not supported"
         )
+    for modality in adapter.modalities:
+        if isinstance(modality.placeholder, str):
+            point(inner.config, modality.placeholder)
     return Parts(
         adapter=adapter,
         model=inner,
         base=base,
-        modalities=tuple(
-            ModalityPart(
-                m.name,
-                m.encode,
-                m.placeholder if isinstance(m.placeholder, int) else point(inner.config, m.placeholder),
-            )
-            for m in adapter.modalities
-        ),
+        modalities=tuple(ModalityPart(m.name, m.encode, inner.config, m.placeholder) for m in adapter.modalities),
         projector=None if adapter.projector is None else point(base, adapter.projector),
         language_model=language_model,
         layers=layers,
-        attention=tuple(point(layer, adapter.attention) for layer in layers),
+        attention=attention,
         rotary=point(base, adapter.rotary),
         width=text_config.hidden_size if adapter.width is None else adapter.width(inner.config),
         first_cut=1 if adapter.first_cut is None else adapter.first_cut(inner.config),
+        true_positions=any(computes_with(x, "position_ids") for x in (*layers, *attention)),
     )

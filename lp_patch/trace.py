@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,10 +40,10 @@ class Trace:
 
 
 class InputScores(NamedTuple):
-    """Stage-1 scores (n,) of one visual input, whose tokens lie at `positions` (n,) of row `row`."""
+    """Stage-1 scores (n,) of one visual input, whose tokens lie at `positions` (n,) of row `row`, on the host."""
 
     row: int
-    positions: Tensor
+    positions: np.ndarray
     scores: Tensor
 
 
@@ -51,8 +52,7 @@ class Record:
 
     Args:
         shape: where the stages begin.
-        visual: (B, S) bool, visual tokens of the input.
-        removed: (B, S) bool, those that stage 1 removed.
+        visual: (B, S) bool on the host, visual tokens of the input.
         text: per row, tokens that are neither visual nor padding.
         wiped: per row, whether its last visual tokens vanish at `shape.wipe_layer`.
         stage1_scores: of the visual inputs that have any.
@@ -61,32 +61,36 @@ class Record:
     def __init__(
         self,
         shape: Shape,
-        visual: Tensor,
-        removed: Tensor,
+        visual: np.ndarray,
         text: list[int],
         wiped: list[bool],
         stage1_scores: list[InputScores],
     ) -> None:
         self.shape = shape
         self.visual = visual
-        self.removed = removed
         self.text = text
         self.wiped = wiped
         self.stage1_scores = stage1_scores
+        self.stage1: Tensor | None = None
         self.stage2: tuple[Tensor, Tensor, Tensor] | None = None
 
-    def note_stage2(self, index: Tensor, chosen: Tensor, scores: Tensor) -> None:
-        """Stage 2 chose `chosen` (B, N) of the tokens at `index` (B, N) of the input, by `scores` (B, N)."""
-        self.stage2 = (index, chosen, scores)
+    def note_stage1(self, where: Tensor) -> None:
+        """Stage 1 left the tokens at `where` (B, N) of the input, -1 for padding."""
+        self.stage1 = where
+
+    def note_stage2(self, where: Tensor, chosen: Tensor, scores: Tensor) -> None:
+        """Stage 2 chose `chosen` (B, N) of the tokens at `where` (B, N) of the input, by `scores` (B, N)."""
+        self.stage2 = (where, chosen, scores)
 
     def trace(self) -> Trace:
         """Everything on the host, as users read it."""
-        visual, removed = self.visual.cpu(), self.removed.cpu()
-        kept2, scores2 = visual & ~removed, None
+        visual = torch.from_numpy(self.visual)
+        kept = visual if self.stage1 is None else visual & _spread(self.stage1.cpu(), None, visual.shape[1])
+        removed, kept2, scores2 = ~kept, kept, None
         if self.stage2 is not None:
-            index, chosen, scores = (x.cpu() for x in self.stage2)
-            kept2 = torch.zeros_like(visual).scatter_(1, index, chosen)
-            scores2 = torch.zeros(visual.shape, dtype=scores.dtype).scatter_(1, index, scores)
+            where, chosen, scores = (x.cpu() for x in self.stage2)
+            kept2 = _spread(where, chosen, visual.shape[1])
+            scores2 = _spread(where, scores, visual.shape[1])
         stage1, stage2, stage2_scores, per_layer = [], [], [], []
         n_layers, layer, wipe_layer = self.shape
         for row in range(visual.shape[0]):
@@ -114,6 +118,13 @@ class Record:
         scores = torch.full(visual.shape, torch.nan)
         for x in self.stage1_scores:
             if x.row == row:
-                scores[x.positions.cpu()] = x.scores.float().cpu()
+                scores[torch.from_numpy(x.positions)] = x.scores.float().cpu()
         own = scores[visual]
         return None if len(own) == 0 or own.isnan().any() else own
+
+
+def _spread(where: Tensor, values: Tensor | None, length: int) -> Tensor:
+    """Values (B, N), None for True, at positions `where` (B, N), -1 for nowhere -> (B, length), zero elsewhere."""
+    values = torch.ones_like(where, dtype=torch.bool) if values is None else values
+    spread = values.new_zeros(len(where), length + 1)
+    return spread.scatter_(1, where.remainder(length + 1), values)[:, :length]

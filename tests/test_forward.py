@@ -162,13 +162,14 @@ def test_trace_belongs_to_the_latest_prefill():
 
 
 def test_loss_is_that_of_the_kept_tokens():
+    """What labels mark as an answer does not ask: the prompt, which ends in the image, asks with its last token."""
     model = tiny_llava()
     ids, pixels = tokens(3, "image", 9), images(1)
     labels = torch.tensor([ids])
     labels[0, : 3 + N] = -100
     with lp_patch.applied(model, tokens=5), torch.no_grad():
         out = model(**batch([ids], pixels), labels=labels)
-    want = expected(model, ids, pixels, tokens=5).logits
+    want = expected(model, ids, pixels, tokens=5, turns=[3 + N]).logits
     loss = torch.nn.functional.cross_entropy(want[2 + N : -1], labels[0, 3 + N :])
     assert float(out.loss) == pytest.approx(float(loss), rel=1e-5)
 

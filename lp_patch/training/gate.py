@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
-from ..attention import check_tappable, install_attention
+from ..attention import KEY, check_tappable, install_tap
 from ..compat import cache_in, checkpoint_layers
 from ..errors import ConfigError, UnsupportedInputError
 from ..install import Installation, forget_compiled
 from ..pruner import LearnablePruner, resolve_pruner
+from ..read import Chosen, Reader, State, chosen_of
 from ..registry import Parts, find_parts
-from ..vision import FEATURE_SCORES, State, Vision
 from .attention import gated_attention
 
 
@@ -32,11 +32,12 @@ def straight_through(logits: Tensor) -> Tensor:
     return (soft > 0.5).float() + (soft - soft.detach())
 
 
-class Gate(Vision):
+class Gate(Reader):
     """Hooks that put a pruner's decisions on every attention layer.
 
     Attributes:
         mask: (V,) decisions on the visual tokens of the latest forward, row by row; with gradient.
+        visual: (B, S) bool, where they stand.
         on: whether the gate takes part; off, the model is as it was.
     """
 
@@ -47,7 +48,6 @@ class Gate(Vision):
         self.on = True
         self.mask: Tensor | None = None
         self.visual: Tensor | None = None
-        self._gate: Tensor | None = None
         for number, attention in enumerate(parts.attention):
             check_tappable(attention, f"the attention of decoder layer {number}")
 
@@ -58,27 +58,30 @@ class Gate(Vision):
             on.before(self.parts.projector, self.before_projector)
         on.before(self.parts.language_model, self.before_language_model)
         for attention in self.parts.attention:
-            on.note(install_attention(attention, self.attention))
+            on.note(install_tap(attention, self.attention))
 
     def before_projector(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Decide on (F, N, C) encoder features, where the projector works token by token."""
-        encoding = self._shown().encoding
+        """Decide on (F, N, C) encoder features, or on all images in one row, where the projector works by token."""
+        encoding = self._call().encoding
         if encoding is not None and self.on:
-            encoding.scores += list(straight_through(self._logits(args[0])))
+            decisions = straight_through(self._logits(args[0]))
+            images = decisions if encoding.sizes is None else decisions.flatten().split(encoding.sizes)
+            encoding.chosen += [Chosen(None, x) for x in images]
+            encoding.present += [len(x) for x in images]
 
     def _logits(self, features: Tensor) -> Tensor:
         """(..., C) -> (..., 2); the features take no gradient."""
         weight = self.pruner.fc1.weight
         return self.pruner(features.detach().to(weight.device, weight.dtype))
 
-    def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Carry the decisions to their places in the prompt."""
-        self.mask = self._gate = self.visual = None
+    def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Carry the decisions to their places in the prompt, and with the forward to its attention layers."""
+        self.mask = self.visual = None
         embeds = kwargs.get("inputs_embeds")
-        shown = self._take_shown(embeds)
+        call = self.take_call(embeds)
         if not self.on:
-            return
-        if embeds is None or not shown.features:
+            return None
+        if embeds is None or not call.features:
             raise UnsupportedInputError(
                 "no visual features passed this forward: a pruner can be trained on samples with images alone"
             )
@@ -92,33 +95,38 @@ class Gate(Vision):
         real = torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device)
         if attention_mask is not None:
             real = attention_mask.bool().to(embeds.device)
-        prompt = self._prompt(shown, embeds, real)
+        modalities = [m for m in self.parts.modalities if m.name in call.features]
+        masks = [self.placeholders(call, m.placeholder).to(embeds.device) & real for m in modalities]
+        visual = torch.stack(masks).any(dim=0)
+        structural = self.structural(embeds, visual)
+        if structural is not None:
+            visual = visual & ~structural
         if self.parts.projector is None:
-            decisions = straight_through(self._logits(embeds[prompt.visual]))
+            decisions = straight_through(self._logits(embeds[visual]))
         else:
-            decisions = self._carried([x for m in prompt.modalities for x in shown.features[m.name]])
-        self.visual, self.mask = prompt.visual, decisions.to(embeds.device)
-        if len(self.mask) != int(prompt.visual.sum()):
+            decisions = self._carried([x for m in modalities for x in call.features[m.name]])
+        self.visual, self.mask = visual, decisions.to(embeds.device)
+        if len(self.mask) != int(visual.sum()):
             raise UnsupportedInputError(
-                f"{len(self.mask)} encoded visual tokens do not fill the prompt's {int(prompt.visual.sum())} one by one"
+                f"{len(self.mask)} encoded visual tokens do not fill the prompt's {int(visual.sum())} one by one"
             )
-        self._gate = real.float().masked_scatter(prompt.visual, self.mask)
+        return args, {**kwargs, KEY: real.float().masked_scatter(visual, self.mask)}
 
     @staticmethod
     def _carried(features: list[Tensor]) -> Tensor:
         """The decisions (V,) that travelled with the features."""
-        decisions = [getattr(feature, FEATURE_SCORES, None) for feature in features]
+        decisions = [chosen_of(feature).scores for feature in features]
         if any(x is None for x in decisions):
             raise UnsupportedInputError("these features were encoded outside this forward: pass pixel_values")
         return torch.cat(decisions)  # type: ignore[arg-type]
 
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor | None:
-        """Every decoder layer's attention; None: the layer's own."""
-        if self._gate is None:
+    def attention(
+        self, gate: Tensor | None, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> Tensor | None:
+        """Every decoder layer's attention under the forward's gate (B, L); None: the layer's own."""
+        if gate is None:
             return None
-        return gated_attention(
-            query, key, value, self._gate.to(query.device), scaling=scaling, difference=self.difference
-        )
+        return gated_attention(query, key, value, gate.to(query.device), scaling=scaling, difference=self.difference)
 
 
 class GatedModel(nn.Module):

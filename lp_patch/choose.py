@@ -1,0 +1,73 @@
+"""Running the strategies: which tokens stage 1 keeps, and what stage 2 thinks of those that are left."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from .errors import ConfigError
+from .select import select_tokens
+from .settings import Settings
+from .strategies import Reading, Scorer, Stage1Input, Stage2Input
+
+
+def stage1(
+    settings: Settings, scorer: Scorer, features: Tensor, attention: dict[Reading, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Choose among the tokens of equally long visual inputs.
+
+    Args:
+        scorer: the settings' own, or the one in its place where it cannot be asked.
+        features: (B, N, C).
+        attention: what the scorer reads in the vision encoder, (B, N) each.
+
+    Returns:
+        (B, R1) int64, ascending, or None for all of them; the scores (B, N) float32 behind them, or None.
+    """
+    batch, present, _ = features.shape
+    keep = settings.budget(present).stage1
+    if keep >= present:
+        return None, None
+    config = settings.config
+    given = Stage1Input(features, keep, config.seed, tuple(attention[x] for x in scorer.reads), settings.pruner)
+    with torch.no_grad():
+        if scorer.select is not None:
+            index = scorer.select(given)
+            _check_shape(scorer.name, index, (batch, keep))
+            return index.sort(dim=1).values, None
+        scores = None
+        if scorer.score is not None:
+            by_score = max(1, keep - round(config.diversity * keep))
+            scores = scorer.score(replace(given, keep=by_score)).float()
+            _check_shape(scorer.name, scores, (batch, present))
+        return select_tokens(features, scores, keep, config.diversity), scores
+
+
+def stage1_apart(
+    settings: Settings, scorer: Scorer, features: Sequence[Tensor]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The same for inputs of any lengths, (N, C) each: indices (R1,) and scores (N,) of each."""
+    indices: list[Tensor | None] = [None] * len(features)
+    scores: list[Tensor | None] = [None] * len(features)
+    for present in sorted({len(x) for x in features}):
+        same = [i for i, x in enumerate(features) if len(x) == present]
+        index, score = stage1(settings, scorer, torch.stack([features[i] for i in same]), {})
+        for number, i in enumerate(same):
+            indices[i] = None if index is None else index[number]
+            scores[i] = None if score is None else score[number]
+    return indices, scores
+
+
+def stage2(settings: Settings, given: Stage2Input) -> Tensor:
+    """Scores (B, N) float32 of the tokens that stage 1 left."""
+    with torch.no_grad():
+        scores = settings.text_scorer.score(given).float()
+    _check_shape(settings.text_scorer.name, scores, tuple(given.visual.shape))
+    return scores
+
+
+def _check_shape(strategy: str, answer: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse what a strategy from outside must not answer."""
+    if answer.shape != shape:
+        raise ConfigError(f"the strategy {strategy!r} answered {tuple(answer.shape)}, {shape} was asked for")

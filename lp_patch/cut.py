@@ -1,0 +1,125 @@
+"""Shortening a sequence on the device: pure tensor functions, lengths known beforehand, no wait for the device.
+
+Rows of a batch may keep different numbers of tokens; shorter ones are padded on the left. An index of -1 is padding.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .select import take
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One shortening of the sequence, valid from decoder layer `start` on.
+
+    Attributes:
+        start: from 0.
+        length: tokens per row, padding included.
+        where: (B, N) int64, ascending, positions in the input; of padding -1.
+        index: (B, N) int64 >= 0 into the tokens before this cut; padding points at some token.
+        valid: (B, N) bool, or None if no row is padded.
+        pads: for each row, how many of its slots are padding.
+        visual: (B, N) bool.
+    """
+
+    start: int
+    length: int
+    where: Tensor
+    index: Tensor
+    valid: Tensor | None
+    pads: list[int]
+    visual: Tensor
+
+    @property
+    def pick(self) -> Tensor | None:
+        """(B, N) int64: each slot's own number, in the place of padding that of the row's first token."""
+        if self.valid is None:
+            return None
+        first = torch.tensor([[min(x, self.length - 1)] for x in self.pads], device=self.where.device)
+        return torch.arange(self.length, device=self.where.device)[None].maximum(first)
+
+
+def first_cut(base: Tensor, holes: Tensor, chosen: Tensor | None, visual: Tensor, counts: list[int]) -> Cut:
+    """Stage 1: what is left of the input.
+
+    Args:
+        base: (B, N) int64, positions of the tokens that stay for certain, -1 elsewhere.
+        holes: (T,) int64, places in the flat `base` for the chosen tokens.
+        chosen: (T,) int64, their positions, or None if no token was chosen.
+        visual: (B, S) bool.
+        counts: tokens that each row keeps.
+    """
+    length = base.shape[1]
+    if chosen is not None:
+        base = base.flatten().index_copy(0, holes, chosen).view_as(base)
+    where = base.sort(dim=1).values
+    valid, index = None, where
+    if min(counts) < length:
+        valid, index = where >= 0, where.clamp(min=0)
+    seen = take(visual, index)
+    return Cut(0, length, where, index, valid, [length - n for n in counts], seen if valid is None else seen & valid)
+
+
+def best_cut(start: int, last: Cut, scores: Tensor, wanted: Tensor, counts: list[int]) -> tuple[Cut, Tensor]:
+    """Stage 2: text and the best-scored visual tokens of each row; ties to the lowest index.
+
+    Args:
+        last: what the scored tokens came from.
+        scores: (B, N) float.
+        wanted: (B, 1) int64, visual tokens that each row keeps.
+        counts: all tokens that each row keeps.
+
+    Returns:
+        The cut, and (B, N) bool, the visual tokens that stay.
+    """
+    order = scores.sort(dim=1, descending=True, stable=True).indices
+    # candidates are counted, not masked: a score of -inf is a score like any other
+    best = last.visual.gather(1, order)
+    best = best & (best.cumsum(dim=1) <= wanted)
+    chosen = torch.zeros_like(last.visual).scatter_(1, order, best)
+    return keep_cut(start, last, chosen | ~last.visual, counts), chosen
+
+
+def keep_cut(start: int, last: Cut, keep: Tensor, counts: list[int]) -> Cut:
+    """What `keep` (B, N) bool leaves of the last cut's tokens; `counts` are its row sums without padding."""
+    length = max(1, *counts)
+    if last.valid is not None:
+        keep = keep & last.valid
+    slots = torch.arange(last.length, device=keep.device).expand_as(keep)
+    index = slots.masked_fill(~keep, -1).sort(dim=1).values[:, last.length - length :]
+    valid, places = None, index
+    if min(counts) < length:
+        valid, places = index >= 0, index.clamp(min=0)
+    where, visual = last.where.gather(1, places), last.visual.gather(1, places)
+    if valid is not None:
+        where, visual = where.masked_fill(~valid, -1), visual & valid
+    return Cut(start, length, where, places, valid, [length - n for n in counts], visual)
+
+
+def take_rows(x: Tensor, index: Tensor) -> Tensor:
+    """Tokens of a rotary embedding x (..., B or 1, S, D) by index (B, N) int64: (..., B, N, D)."""
+    index = index.to(x.device)
+    if x.shape[-3] == 1:
+        rows = x.squeeze(-3).index_select(-2, index.flatten())
+        return rows.reshape(*x.shape[:-3], *index.shape, x.shape[-1])
+    index = index[..., None].expand(*x.shape[:-3], *index.shape, x.shape[-1])
+    return x.gather(-2, index)
+
+
+def restore_index(cut: Cut, length: int) -> Tensor:
+    """The slot that answers for each of the input's `length` positions: its own, or the nearest one before it.
+
+    Positions before a row's first token take that one.
+
+    Returns:
+        (B, S) int64 in ``[0, N)``.
+    """
+    positions = torch.arange(length, device=cut.where.device).expand(len(cut.where), length).contiguous()
+    slot = torch.searchsorted(cut.where, positions, right=True) - 1
+    if cut.valid is None:
+        return slot.clamp_(min=0)
+    first = torch.tensor([[min(x, cut.length - 1)] for x in cut.pads], device=slot.device)
+    return slot.maximum(first)

@@ -1,0 +1,153 @@
+"""Stage 1 while images are encoded: before a projector that works token by token, so that removed tokens never enter it.
+
+What was chosen travels with the features; their number stays what transformers expects, and rows that were not
+projected hold NaN, which nobody reads.
+"""
+
+import threading
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from .attention import install_tap
+from .choose import stage1, stage1_apart
+from .compat import is_exporting, show_survivors
+from .errors import UnsupportedInputError
+from .install import Installation
+from .read import Chosen, Reader, State, chosen_of
+from .registry import Parts
+from .score import received_attention
+from .select import take
+from .settings import Settings
+from .step import is_static_step
+from .strategies import Reading
+
+
+class EarlyStage(Reader):
+    """The hooks that choose in the encoder, where the family's projector allows it."""
+
+    def __init__(self, parts: Parts, state: State, settings: Settings) -> None:
+        super().__init__(parts, state)
+        self.settings = settings
+
+    def install(self, on: Installation) -> None:
+        """Put the hooks on the model."""
+        super().install(on)
+        if self.parts.projector is not None:
+            on.before(self.parts.projector, self.before_projector)
+            on.after(self.parts.projector, self.after_projector)
+        for module, readings in self.settings.readings:
+            on.note(install_tap(module, partial(self.observe_vision, readings)))
+
+    def observe_vision(
+        self, readings: tuple[Reading, ...], _: None, query: Tensor, key: Tensor, value: Tensor, scaling: float
+    ) -> None:
+        """A vision layer's query and key (B, H, 1 + N, D), [CLS] first: what the scorer reads there, (B, N) each."""
+        encoding = self._call().encoding
+        if encoding is None:
+            return
+        for reading in readings:
+            asking = query[:, :, :1] if reading.of == "cls" else query
+            batch, _, length, _ = asking.shape
+            weight = torch.full((batch, length), 1 / length, device=query.device)
+            with torch.no_grad():
+                received = received_attention(asking, key, weight, scaling, causal=False)
+            encoding.attention[reading] = received[:, 1:]
+
+    @torch.compiler.disable
+    def before_projector(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """Stage 1: encoder features (B, N, C), or all images in one row (1, N1 + N2 + ..., C) -> those that stay."""
+        encoding = self._call().encoding
+        if encoding is None:
+            return None
+        features = args[0]
+        self._check_readings(encoding.arguments)
+        encoding.rows = None
+        if encoding.sizes is None:
+            index, scores = stage1(self.settings, self.settings.scorer, features, encoding.attention)
+            indices = [None] * len(features) if index is None else list(index)
+            scored = [None] * len(features) if scores is None else list(scores)
+            images = list(features)
+        else:
+            images = list(features.flatten(0, 1).split(encoding.sizes))
+            indices, scored = stage1_apart(self.settings, self.settings.scorer, images)
+        encoding.present += [len(x) for x in images]
+        if all(x is None for x in indices):
+            return None
+        encoding.chosen += [Chosen(i, s) for i, s in zip(indices, scored, strict=True)]
+        encoding.shape = features.shape[:2]
+        if encoding.sizes is None:
+            encoding.rows = index
+            return (take(features, index), *args[1:]), kwargs
+        starts = np.cumsum([0, *encoding.sizes])[:-1].tolist()
+        whole = [torch.arange(len(x), device=x.device) for x in images]
+        rows = [start + (all_ if i is None else i) for start, i, all_ in zip(starts, indices, whole, strict=True)]
+        encoding.rows = torch.cat(rows)[None]
+        return (take(features, encoding.rows), *args[1:]), kwargs
+
+    @torch.compiler.disable
+    def after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
+        """(B, R1, D) projected survivors at their places among (B, N, D); the others, which nobody reads, hold NaN."""
+        encoding = self._call().encoding
+        if encoding is None or encoding.rows is None:
+            return None
+        rows = encoding.rows.to(output.device)[..., None].expand(-1, -1, output.shape[-1])
+        return output.new_full((*encoding.shape, output.shape[-1]), torch.nan).scatter(1, rows, output)
+
+    def _check_readings(self, arguments: dict[str, Any]) -> None:
+        """[CLS] stands where the config says: a call must not say otherwise."""
+        config = self.parts.base.config
+        for name in self.settings.scorer.reads and ("vision_feature_layer", "vision_feature_select_strategy"):
+            value, own = arguments.get(name), getattr(config, name, None)
+            if value is not None and value != own:
+                raise UnsupportedInputError(
+                    f"scorer={self.settings.scorer.name!r} reads [CLS] where the config has it ({name}={own!r}), this "
+                    f"call asks for {name}={value!r}: set it in the config before apply(), or use another scorer"
+                )
+
+    def show_kept(self, features: list[Tensor]) -> None:
+        """Let the base's output, in this call alone, show the survivors of these features (N, D)."""
+        chosen = [chosen_of(x) for x in features]
+        if any(x.index is not None for x in chosen):
+            show = partial(self.after_base, threading.get_ident(), features, chosen)
+            self.state.local.showing = self.parts.base.register_forward_hook(show)
+
+    @torch.compiler.disable
+    def after_base(
+        self, thread: int, features: list[Tensor], chosen: list[Chosen], module: nn.Module, args: tuple, output: Any
+    ) -> Any:
+        """The features in the output are the survivors: the others were never projected."""
+        if threading.get_ident() != thread:
+            return None
+        self._show_nothing()
+        left = [
+            x if c.index is None else x.index_select(0, c.index.to(x.device))
+            for x, c in zip(features, chosen, strict=True)
+        ]
+        return show_survivors(output, features, left)
+
+    def _show_nothing(self) -> None:
+        local = self.state.local
+        if local.showing is not None:
+            local.showing.remove()
+            local.showing = None
+
+    def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward starts; one token on a static cache, which generate() compiles, shows nothing."""
+        if is_static_step(args, kwargs):
+            return
+        self._show_nothing()
+        if is_exporting():
+            raise UnsupportedInputError(
+                "torch.export and torch.jit.trace record one call, but a patched model decides in each call what to keep: "
+                "export the model without the patch (lp_patch.remove(model))"
+            )
+        super().before_base(module, args, kwargs)
+
+    def before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """Labels, and what generate() made."""
+        if not is_static_step(args, kwargs):
+            super().before_model(module, args, kwargs)

@@ -1,0 +1,141 @@
+"""One forward of the language model: its state, which travels with it as a keyword, and what each layer attends to."""
+
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cache as kv
+from .compat import causal_mask
+from .cut import Cut, take_rows
+from .plan import Plan
+from .trace import Record
+
+
+@dataclass(frozen=True)
+class Keys:
+    """What one decoder layer attends to. Layers of one cut and one cache history share it.
+
+    Attributes:
+        valid: (B, P + N) bool over the layer's stored and new keys, or None if all are real.
+        length: P + N.
+        mask: what to hand to the layer, in the form its attention back-end wants.
+    """
+
+    valid: Tensor | None
+    length: int
+    mask: Any
+
+
+class Forward:
+    """What a forward that prunes, or goes on with a pruned cache, has decided. Plain, so that wrappers pass it on whole.
+
+    Attributes:
+        new: tokens as the caller counts them.
+        flat: (B, seen + new), the caller's attention mask, or None if all are real.
+        cuts: so far, the latest last; none where a forward only goes on with a cache.
+        keys: of the layers so far; found once, as before 5.18 gradient checkpointing calls hooks again.
+        weights: (B, Q) float32, how much each of the last tokens asks, or None if stage 2 removes nothing.
+        scores: (B, N) float32 of stage 2, once its layer has run.
+        rotary: cos and sin that layer k was given.
+        gone: (B, S) int64, how many tokens stage 1 removed up to each position, for compact positions, or None.
+        shift: (B, 1) int64, what compact positions lag behind original ones from now on, or None.
+        done: whether its output was given back in the input's length.
+        true_ids: (B or 1, S) position ids for layers that compute with them, or None.
+    """
+
+    def __init__(self, new: int, flat: Tensor | None, cache: Any) -> None:
+        self.new, self.flat, self.cache = new, flat, cache
+        self.past = kv.stored_tokens(cache, 0)
+        self.plan: Plan | None = None
+        self.record: Record | None = None
+        self.cuts: list[Cut] = []
+        self.keys: list[Keys] = []
+        self.weights: Tensor | None = None
+        self.scores: Tensor | None = None
+        self.rotary: tuple[Tensor, ...] = ()
+        self.gone: Tensor | None = None
+        self.shift: Tensor | None = None
+        self.done = False
+        self.true_ids: Tensor | None = None
+        self._shared: dict[tuple, Keys] = {}
+        self._slots: dict[tuple, kv.Slots] = {}
+        self._rotary: dict[tuple, tuple[Tensor, ...]] = {}
+        self._ids: dict[int, Tensor] = {}
+
+    def keep_hooks(self, handles: Sequence[Any]) -> None:
+        """Hooks that stay as long as this forward does: until it has ended, and its gradient is not needed any more."""
+        weakref.finalize(self, _remove, handles).atexit = False
+
+    def cut_of(self, index: int) -> Cut | None:
+        """The cut that layer `index` runs on, or None if this forward cuts nothing."""
+        return next((cut for cut in reversed(self.cuts) if cut.start <= index), None)
+
+    def keys_of(self, config: Any, index: int, hidden: Tensor) -> Keys:
+        """What layer `index` attends to.
+
+        Args:
+            config: of the language model.
+            hidden: (B, N, C) or longer, on the layer's device and in its dtype.
+        """
+        if len(self.keys) > index:
+            return self.keys[index]
+        cut, cache = (self.cuts[-1] if self.cuts else None), self.cache
+        key = (len(self.cuts), kv.history(cache, index))
+        if key not in self._shared:
+            fresh = None if cut is None else (cut.valid, cut.length)
+            valid = kv.valid_keys(cache, index, self.flat, self.new, fresh)
+            past = kv.stored_tokens(cache, index)
+            hidden = hidden if cut is None else hidden[:, : cut.length]
+            self._shared[key] = Keys(valid, past + hidden.shape[1], causal_mask(config, hidden, valid, past))
+        if cut is not None and kv.is_static(cache):
+            self._slots[key] = kv.prepare_slots(
+                cache,
+                index,
+                cut.where,
+                cut.pick,
+                self.past,
+                self.new,
+                self.plan.tail,
+                self._slots.get(key),  # type: ignore[union-attr]
+            )
+        self.keys.append(self._shared[key])
+        return self.keys[index]
+
+    def rotary_of(self, cut: Cut, rotary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """A cut's part of the rotary embedding of the whole input, (..., B or 1, S, D) each; layers share it."""
+        key = (cut.start, cut.length, *map(id, rotary))
+        if key not in self._rotary:
+            index = cut.where if cut.valid is None else cut.where.clamp(min=0)
+            if self.gone is not None:
+                index = (index - self.gone.gather(1, index)).clamp(min=0)
+            self._rotary[key] = tuple(take_rows(x, index) for x in rotary)
+        return self._rotary[key]
+
+    def ids_of(self, cut: Cut) -> Tensor:
+        """(B, N) or (1, N) position ids for a layer of this cut.
+
+        Contiguous ones, but for layers that compute with them: FlashAttention takes a gap for a packed sequence.
+        """
+        if cut.start not in self._ids:
+            self._ids[cut.start] = (
+                torch.arange(cut.length, device=cut.where.device)[None]
+                if self.true_ids is None
+                else self.true_ids.expand(len(cut.where), -1).gather(1, cut.where.clamp(min=0))
+            )
+        return self._ids[cut.start]
+
+
+def _remove(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+class Tapped:
+    """A forward on its way to the tap inside a layer: the layer's own hook has done its part."""
+
+    def __init__(self, forward: Forward) -> None:
+        self.forward = forward

@@ -1,0 +1,92 @@
+"""What a prefill that is to be pruned cannot be given, each with what to do. Asked only once something will be removed."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import cache as kv
+from .compat import PACKED_KEYWORDS, cache_in
+from .errors import UnsupportedInputError
+from .plan import Plan
+from .read import Prompt
+from .registry import Parts
+
+
+def check_call(parts: Parts, plan: Plan, prompt: Prompt, kwargs: dict, compact: bool, chunk: int | None) -> None:
+    """Refuse a forward that pruning would make wrong.
+
+    Args:
+        kwargs: of the language model's forward.
+        compact: whether survivors are to be numbered consecutively.
+        chunk: into how many tokens generate() cuts the prompt, or None.
+    """
+    cache, family = cache_in(kwargs), parts.adapter.family
+    if chunk is not None:
+        raise UnsupportedInputError(
+            f"prefill_chunk_size={chunk} cuts the prompt between its images and the question, which stage 2 needs "
+            "together: pass prefill_chunk_size=None, or remove the patch"
+        )
+    if parts.adapter.split is not None and prompt.ids is None:
+        raise UnsupportedInputError(
+            f"{family} tells a prompt's images apart by its token ids: give input_ids, not inputs_embeds"
+        )
+    check_mask(kwargs.get("attention_mask"), cache, prompt.real.shape[1])
+    packed = [name for name in PACKED_KEYWORDS if kwargs.get(name) is not None]
+    if packed or (kwargs.get("attention_mask") is None and prompt.jumps is not None and prompt.jumps.any()):
+        why = f"got {', '.join(packed)}" if packed else "position_ids with gaps and no attention mask"
+        raise UnsupportedInputError(
+            f"several sequences packed into one row, which pruning would join ({why}): give each sequence its own row, "
+            "with an attention mask"
+        )
+    kv.check_prunable(cache)
+    ids = kwargs.get("position_ids")
+    if compact and ids is not None and ids.dim() > 2:
+        raise UnsupportedInputError(
+            f'positions="compact" has no meaning for the {ids.shape[0]} axes of position ids of {family}: use '
+            'positions="original"'
+        )
+    if compact and prompt.jumps is not None and prompt.jumps.any():
+        raise UnsupportedInputError(
+            'positions="compact" numbers the survivors consecutively, but the given position_ids have gaps: use '
+            'positions="original", or leave position_ids out'
+        )
+    if parts.true_positions and not compact and "flash" in (parts.language_model.config._attn_implementation or ""):
+        raise UnsupportedInputError(
+            f"the layers of {type(parts.language_model).__name__} compute with position ids, and FlashAttention takes "
+            'the gaps in those of the survivors for packed sequences: use model.set_attn_implementation("sdpa")'
+        )
+    empty = np.array(plan.wiped) & (np.array(plan.text) == 0)
+    if empty.any():
+        raise UnsupportedInputError(
+            f"row {int(empty.argmax())} holds pictures alone: final_wipe_layer would leave nothing of it. Add text to "
+            "the prompt, or leave final_wipe_layer out"
+        )
+
+
+def flat_mask(mask: Any, cache: Any, new: int) -> Tensor | None:
+    """The mask as (B, tokens seen + new), or None if all are real, or if that cannot be told.
+
+    For a static cache, generate() brings one over all slots: nobody attends to what is padding.
+    """
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask
+    if isinstance(mask, dict) and kv.is_static(cache):
+        mask = mask.get("full_attention")
+    if isinstance(mask, Tensor) and mask.dim() == 4 and kv.is_static(cache):
+        seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        columns = kv.seen_tokens(cache) + new
+        return seen.any(dim=1).any(dim=1)[:, :columns]
+    return None
+
+
+def check_mask(mask: Any, cache: Any, new: int) -> None:
+    """Refuse masks from which nobody can tell what is padding."""
+    if mask is None or flat_mask(mask, cache, new) is not None:
+        return
+    raise UnsupportedInputError(
+        "a pruned prompt needs the 2-D attention mask (batch, tokens) or None, got "
+        + (f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__)
+        + (", which generate() made for a static cache: use another attn_implementation" if kv.is_static(cache) else "")
+    )

@@ -1,0 +1,122 @@
+"""What the options mean on one model: everything that `apply` can decide or refuse before the first call."""
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from .attention import check_rotary, check_tappable
+from .budget import StageBudget, default_layer, inside_budget, stage_budget
+from .config import PruningConfig
+from .errors import ConfigError
+from .pruner import LearnablePruner
+from .registry import Parts
+from .strategies import SCORERS, Reading, Scorer, TextScorer, resolve_scorer, resolve_text_scorer
+from .trace import Shape
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A config resolved for one model.
+
+    Attributes:
+        shape: where the stages begin.
+        readings: the vision attention modules that the scorer reads, each once, and what it reads there.
+    """
+
+    config: PruningConfig
+    scorer: Scorer
+    text_scorer: TextScorer
+    pruner: LearnablePruner | None
+    shape: Shape
+    readings: tuple[tuple[nn.Module, tuple[Reading, ...]], ...]
+
+    def budget(self, present: int) -> StageBudget:
+        """What a visual input of `present` tokens keeps."""
+        if present == 0:
+            return StageBudget(0, 0)
+        n_layers, layer, wipe_layer = self.shape
+        average = self.config.average(present)
+        if self.scorer.keeps_all:
+            return inside_budget(average, present, n_layers, layer, wipe_layer)
+        return stage_budget(average, present, n_layers, layer, self.config.stage_ratio, wipe_layer)
+
+
+def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None) -> Settings:
+    """The config's options on this model.
+
+    Raises:
+        ConfigError: an option is out of this model's range, or would have no effect.
+        UnsupportedModelError: a layer that a strategy reads cannot be read.
+    """
+    scorer, text_scorer = resolve_scorer(config.scorer, pruner), resolve_text_scorer(config.text_scorer)
+    n_layers = len(parts.layers)
+    # a default that DeepStack forbids would refuse a model that nobody gave a layer for
+    default = min(max(text_scorer.layer or default_layer(n_layers), parts.first_cut), n_layers - 1)
+    layer = default if config.layer is None else config.layer
+    wipe = config.final_wipe_layer
+    if not 1 <= layer < n_layers:
+        raise ConfigError(f"layer must lie in [1, {n_layers - 1}] for {n_layers} decoder layers, got {layer}")
+    if wipe is not None and not layer < wipe <= n_layers:
+        raise ConfigError(f"final_wipe_layer must lie in [{layer + 1}, {n_layers}] (after layer={layer}), got {wipe}")
+    shape = Shape(n_layers, layer, None if wipe == n_layers else wipe)
+    _check_strategies(config, scorer, text_scorer)
+    if text_scorer.unrotates:
+        check_rotary(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
+    settings = Settings(config, scorer, text_scorer, pruner, shape, _readings(parts, scorer))
+    if scorer.keeps_all and config.ratio is not None:
+        settings.budget(1)  # refuses what is too small for any input
+    check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
+    if config.positions == "compact" and hasattr(parts.rotary, "mrope_section"):
+        raise ConfigError(
+            f'positions="compact" has no meaning for the several axes of position ids of {parts.adapter.family}: '
+            'use positions="original"'
+        )
+    if layer < parts.first_cut and (config.stage_ratio > 1 or shape.wipe_layer is not None):
+        raise ConfigError(
+            f"{parts.adapter.family} adds visual features in its first {parts.first_cut} decoder layers: "
+            f"layer must be at least {parts.first_cut}, got {layer}"
+        )
+    return settings
+
+
+def _check_strategies(config: PruningConfig, scorer: Scorer, text_scorer: TextScorer) -> None:
+    """Refuse options that the strategies would ignore."""
+    if (scorer.select or scorer.keeps_all) and config.diversity not in (0, PruningConfig.diversity):
+        raise ConfigError(
+            f"diversity={config.diversity} has no effect with scorer={scorer.name!r}, which has a rule of its own: "
+            "leave it out"
+        )
+    if scorer.keeps_all and config.stage_ratio != PruningConfig.stage_ratio:
+        raise ConfigError(
+            f"stage_ratio={config.stage_ratio} has no meaning with scorer={scorer.name!r}, which keeps all tokens "
+            "until stage 2: leave it out"
+        )
+    if text_scorer.alone and not scorer.keeps_all:
+        raise ConfigError(
+            f"text_scorer={text_scorer.name!r} is a method without stage 1, got scorer={scorer.name!r}: pass "
+            'scorer="none", or another text_scorer'
+        )
+    if config.stage_ratio == 1 and config.text_scorer != PruningConfig.text_scorer:
+        raise ConfigError(
+            f"stage_ratio=1 switches stage 2 off, so text_scorer={config.text_scorer!r} has no effect: drop one"
+        )
+
+
+def _readings(parts: Parts, scorer: Scorer) -> tuple[tuple[nn.Module, tuple[Reading, ...]], ...]:
+    """The vision attention modules that the scorer reads, each once, and what it reads there."""
+    if not scorer.reads:
+        return ()
+    adapter = parts.adapter
+    if adapter.vision_attention is None:
+        allowed = sorted(f'"{name}"' for name, x in SCORERS.items() if not x.reads and not x.needs_pruner)
+        raise ConfigError(
+            f"scorer={scorer.name!r} needs a [CLS] token that ranks the visual tokens one to one, which "
+            f'{adapter.family} does not have: use one of {", ".join(allowed)}, or "learned" with a pruner'
+        )
+    modules = adapter.vision_attention(parts.base)
+    found: dict[int, tuple[Reading, ...]] = {}
+    for reading in scorer.reads:
+        number = max(1, round(reading.depth * len(modules)))
+        check_tappable(modules[number - 1], f"the attention of vision layer {number}")
+        found[number] = (*found.get(number, ()), reading)
+    return tuple((modules[number - 1], readings) for number, readings in found.items())
