@@ -204,7 +204,8 @@ class PrunedStaticLayer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         fresh = (key_states, value_states)
-        for buffer, new in zip((self.keys, self.values), fresh, strict=True):
+        buffers: Any = (self.keys, self.values)
+        for buffer, new in zip(buffers, fresh, strict=True):
             index = slots.index[:, None, :, None].to(new.device).expand(-1, new.shape[1], -1, new.shape[3])
             if slots.pick is not None:
                 new = new.gather(2, slots.pick[:, None, :, None].to(new.device).expand_as(index))
@@ -212,8 +213,8 @@ class PrunedStaticLayer(StaticLayer):
         self.cumulative_length.add_(slots.seen)
         if slots.past == 0:
             return fresh
-        keys = torch.cat([self.keys[:, :, : slots.past], key_states], dim=2)
-        return keys, torch.cat([self.values[:, :, : slots.past], value_states], dim=2)
+        keys, values = (torch.cat([x[:, :, : slots.past], new], dim=2) for x, new in zip(buffers, fresh, strict=True))
+        return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; refuses to cut into pruned visual tokens."""
@@ -234,7 +235,7 @@ class PrunedStaticLayer(StaticLayer):
         self.stored.fill_(True)
         self.pruned, self.pending, self.shift = False, None, None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         """Rows in another order (beam search)."""
         super().reorder_cache(beam_idx)
         if self.owner:
@@ -332,10 +333,10 @@ def seen_tokens(cache: Cache | None) -> int:
 
 def history(cache: Cache | None, index: int) -> tuple[int, ...]:
     """The prunings that layer `index` went through; layers with equal histories hold equal tokens."""
-    if cache is not None and index < len(cache.layers) and isinstance(cache.layers[index], PrunedStaticLayer):
-        return (id(cache.layers[index].stored),) if cache.layers[index].pruned else ()
-    layer = pruned_layer(cache, index)
-    return () if layer is None else layer._self_history
+    layer: Any = None if cache is None or index >= len(cache.layers) else cache.layers[index]
+    if isinstance(layer, PrunedStaticLayer):
+        return (id(layer.stored),) if layer.pruned else ()
+    return layer._self_history if isinstance(layer, PrunedLayer) else ()
 
 
 def stored_tokens(cache: Cache | None, index: int) -> int:
@@ -437,6 +438,7 @@ def valid_keys(
         cut if cut is not None else (None if attention_mask is None else attention_mask[:, end:].bool(), new)
     )
     layer: Any = None if cache is None or index >= len(cache.layers) else cache.layers[index]
+    parts: list[tuple[Any, int]]
     if isinstance(layer, PrunedStaticLayer) and past:
         head = layer.stored[:, :past]
         parts = [(head if attention_mask is None else head & attention_mask[:, :past].bool().to(head.device), past)]

@@ -5,6 +5,7 @@ Rows of a batch may keep different numbers of tokens; shorter ones are padded on
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -97,6 +98,19 @@ def keep_cut(start: int, last: Cut, keep: Tensor, counts: list[int]) -> Cut:
     if valid is not None:
         where, visual = where.masked_fill(~valid, -1), visual & valid
     return Cut(start, length, where, places, valid, [length - n for n in counts], visual)
+
+
+def upload(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """int64 arrays on the device, in one transfer that the host does not wait for."""
+    whole = torch.from_numpy(np.concatenate([x.reshape(-1) for x in arrays])).to(device, non_blocking=True)
+    parts = whole.split([x.size for x in arrays])
+    return [part.view(x.shape) for part, x in zip(parts, arrays, strict=True)]
+
+
+def left_mask(where: Tensor, length: int) -> Tensor:
+    """Positions (B, N) int64, -1 for padding -> (B, length) bool: which are left."""
+    left = torch.zeros(len(where), length + 1, dtype=torch.bool, device=where.device)
+    return left.scatter_(1, where.remainder(length + 1), True)[:, :length]
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

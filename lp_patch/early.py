@@ -1,4 +1,4 @@
-"""Stage 1 while images are encoded: before a projector that works token by token, so that removed tokens never enter it.
+"""Stage 1 while images are encoded: before a projector that works token by token, which removed tokens never enter.
 
 What was chosen travels with the features; their number stays what transformers expects, and rows that were not
 projected hold NaN, which nobody reads.
@@ -64,28 +64,26 @@ class EarlyStage(Reader):
         if encoding is None:
             return None
         features = args[0]
-        self._check_readings(encoding.arguments)
         encoding.rows = None
+        present = encoding.sizes or [features.shape[1]] * len(features)
+        encoding.present += present
+        if all(self.settings.budget(n).stage1 >= n for n in present):
+            return None
+        self._check_readings(encoding.arguments)
         if encoding.sizes is None:
             index, scores = stage1(self.settings, self.settings.scorer, features, encoding.attention)
-            indices = [None] * len(features) if index is None else list(index)
-            scored = [None] * len(features) if scores is None else list(scores)
-            images = list(features)
-        else:
-            images = list(features.flatten(0, 1).split(encoding.sizes))
-            indices, scored = stage1_apart(self.settings, self.settings.scorer, images)
-        encoding.present += [len(x) for x in images]
-        if all(x is None for x in indices):
-            return None
-        encoding.chosen += [Chosen(i, s) for i, s in zip(indices, scored, strict=True)]
-        encoding.shape = features.shape[:2]
-        if encoding.sizes is None:
+            assert index is not None  # all images are of one size, at which some tokens go
+            encoding.chosen += [Chosen(i, None if scores is None else scores[n]) for n, i in enumerate(index)]
             encoding.rows = index
-            return (take(features, index), *args[1:]), kwargs
-        starts = np.cumsum([0, *encoding.sizes])[:-1].tolist()
-        whole = [torch.arange(len(x), device=x.device) for x in images]
-        rows = [start + (all_ if i is None else i) for start, i, all_ in zip(starts, indices, whole, strict=True)]
-        encoding.rows = torch.cat(rows)[None]
+        else:
+            images = features.flatten(0, 1).split(encoding.sizes)
+            indices, scored = stage1_apart(self.settings, self.settings.scorer, images)
+            encoding.chosen += [Chosen(i, s) for i, s in zip(indices, scored, strict=True)]
+            starts = np.cumsum([0, *encoding.sizes])[:-1].tolist()
+            whole = [torch.arange(len(x), device=x.device) for x in images]
+            rows = [start + (all_ if i is None else i) for start, i, all_ in zip(starts, indices, whole, strict=True)]
+            encoding.rows = torch.cat(rows)[None]
+        encoding.shape = features.shape[:2]
         return (take(features, encoding.rows), *args[1:]), kwargs
 
     @torch.compiler.disable
@@ -100,7 +98,7 @@ class EarlyStage(Reader):
     def _check_readings(self, arguments: dict[str, Any]) -> None:
         """[CLS] stands where the config says: a call must not say otherwise."""
         config = self.parts.base.config
-        for name in self.settings.scorer.reads and ("vision_feature_layer", "vision_feature_select_strategy"):
+        for name in ("vision_feature_layer", "vision_feature_select_strategy") if self.settings.scorer.reads else ():
             value, own = arguments.get(name), getattr(config, name, None)
             if value is not None and value != own:
                 raise UnsupportedInputError(
@@ -111,7 +109,7 @@ class EarlyStage(Reader):
     def show_kept(self, features: list[Tensor]) -> None:
         """Let the base's output, in this call alone, show the survivors of these features (N, D)."""
         chosen = [chosen_of(x) for x in features]
-        if any(x.index is not None for x in chosen):
+        if any(x.rows is not None for x in chosen):
             show = partial(self.after_base, threading.get_ident(), features, chosen)
             self.state.local.showing = self.parts.base.register_forward_hook(show)
 
@@ -124,7 +122,7 @@ class EarlyStage(Reader):
             return None
         self._show_nothing()
         left = [
-            x if c.index is None else x.index_select(0, c.index.to(x.device))
+            x if c.rows is None else x.index_select(0, c.rows.to(x.device))
             for x, c in zip(features, chosen, strict=True)
         ]
         return show_survivors(output, features, left)
@@ -142,8 +140,8 @@ class EarlyStage(Reader):
         self._show_nothing()
         if is_exporting():
             raise UnsupportedInputError(
-                "torch.export and torch.jit.trace record one call, but a patched model decides in each call what to keep: "
-                "export the model without the patch (lp_patch.remove(model))"
+                "torch.export and torch.jit.trace record one call, but a patched model decides in each call what to "
+                "keep: export the model without the patch (lp_patch.remove(model))"
             )
         super().before_base(module, args, kwargs)
 

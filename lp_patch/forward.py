@@ -5,13 +5,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import cache as kv
+from .attention import KEY
+from .choose import stage2
 from .compat import causal_mask
-from .cut import Cut, take_rows
+from .cut import Cut, best_cut, keep_cut, take_rows, upload
+from .errors import UnsupportedInputError
 from .plan import Plan
+from .select import take
+from .settings import Settings
+from .strategies import Stage2Input
 from .trace import Record
 
 
@@ -31,7 +38,7 @@ class Keys:
 
 
 class Forward:
-    """What a forward that prunes, or goes on with a pruned cache, has decided. Plain, so that wrappers pass it on whole.
+    """What a forward that prunes, or goes on with a pruned cache, has decided; no dataclass: wrappers pass it on whole.
 
     Attributes:
         new: tokens as the caller counts them.
@@ -47,7 +54,8 @@ class Forward:
         true_ids: (B or 1, S) position ids for layers that compute with them, or None.
     """
 
-    def __init__(self, new: int, flat: Tensor | None, cache: Any) -> None:
+    def __init__(self, settings: Settings, new: int, flat: Tensor | None, cache: Any) -> None:
+        self.settings = settings
         self.new, self.flat, self.cache = new, flat, cache
         self.past = kv.stored_tokens(cache, 0)
         self.plan: Plan | None = None
@@ -91,19 +99,73 @@ class Forward:
             past = kv.stored_tokens(cache, index)
             hidden = hidden if cut is None else hidden[:, : cut.length]
             self._shared[key] = Keys(valid, past + hidden.shape[1], causal_mask(config, hidden, valid, past))
-        if cut is not None and kv.is_static(cache):
+        if cut is not None and self.plan is not None and kv.is_static(cache):
             self._slots[key] = kv.prepare_slots(
-                cache,
-                index,
-                cut.where,
-                cut.pick,
-                self.past,
-                self.new,
-                self.plan.tail,
-                self._slots.get(key),  # type: ignore[union-attr]
+                cache, index, cut.where, cut.pick, self.past, self.new, self.plan.tail, self._slots.get(key)
             )
         self.keys.append(self._shared[key])
         return self.keys[index]
+
+    def enter(self, config: Any, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The arguments of decoder layer `index`: its own tokens, mask and positions; `config`: of its model."""
+        hidden = args[0]
+        if len(self.keys) == index and self.cuts:
+            self._cuts_before(index)
+        cut = self.cut_of(index)
+        if cut is not None and cut.start == index > 0:
+            hidden = take(hidden, cut.index)
+        kwargs["attention_mask"] = self.keys_of(config, index, hidden).mask
+        if cut is not None:
+            rotary = self.rotary_of(cut, kwargs["position_embeddings"])
+            kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in rotary)
+            kwargs["position_ids"] = self.ids_of(cut)
+        if index == self.settings.shape.layer - 1:
+            self.rotary = kwargs.get("position_embeddings", ())
+            if self.weights is not None:
+                kwargs[KEY] = Tapped(self)
+        return (hidden, *args[1:]), kwargs
+
+    def _cuts_before(self, index: int) -> None:
+        """Make the cuts that are due before decoder layer `index`."""
+        plan, shape, last = self.plan, self.settings.shape, self.cuts[-1]
+        assert plan is not None and self.record is not None
+        rows = list(zip(plan.kept, plan.survivors, plan.stage2, plan.wiped, strict=True))
+        if index == shape.layer and plan.cuts:
+            if self.scores is None:
+                raise UnsupportedInputError(
+                    f"decoder layer {index} computed no attention through transformers' AttentionInterface: stage 2 "
+                    "has no scores. Set stage_ratio=1 to run stage 1 alone"
+                )
+            (wanted,) = upload([np.array(plan.stage2)[:, None]], last.where.device)
+            counts = [kept - survivors + stage2 for kept, survivors, stage2, _ in rows]
+            scores = self.scores.to(last.where.device)
+            cut, chosen = best_cut(index, last, scores, wanted, counts)
+            self.record.note_stage2(last.where, chosen, scores)
+            self.cuts.append(cut)
+            last = cut
+        if index == shape.wipe_layer and any(plan.wiped):
+            wiped = torch.tensor(plan.wiped, device=last.where.device)[:, None]
+            counts = [kept - survivors + (0 if wipe else stage2) for kept, survivors, stage2, wipe in rows]
+            self.cuts.append(keep_cut(index, last, ~(last.visual & wiped), counts))
+
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+        """Layer k's rotated query (B, H, N, D) and key, and value (B, KV, P + N, D): scores of its N tokens."""
+        if self.scores is not None:
+            return  # gradient checkpointing runs the layer again
+        weights, keys, cut = self.weights, self.keys[-1], self.cuts[-1]
+        assert weights is not None and self.plan is not None
+        given = Stage2Input(
+            query=query[:, :, query.shape[2] - weights.shape[1] :],
+            key=key[:, :, : keys.length],
+            value=value[:, :, : keys.length],
+            key_mask=None if keys.valid is None else keys.valid.to(key.device),
+            weights=weights.to(query.device),
+            scaling=scaling,
+            visual=cut.visual.to(key.device),
+            keep=max(self.plan.stage2),
+            rotary=self.rotary,
+        )
+        self.scores = stage2(self.settings, given)
 
     def rotary_of(self, cut: Cut, rotary: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """A cut's part of the rotary embedding of the whole input, (..., B or 1, S, D) each; layers share it."""

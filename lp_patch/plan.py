@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .budget import StageBudget
 from .errors import UnsupportedInputError
-from .read import Prompt
+from .prompt import Prompt
 
 
 @dataclass(frozen=True)
@@ -258,6 +258,13 @@ def find_places(plan: Plan, prompt: Prompt) -> Places:
     )
 
 
+def asking_tokens(prompt: Prompt) -> tuple[np.ndarray, np.ndarray]:
+    """(B, S) bool each: the text that may ask, and the placeholders that the mask does not hide."""
+    placeholders = prompt.placeholders & prompt.real
+    text = prompt.real & ~placeholders
+    return (text if prompt.asks is None else text & prompt.asks), placeholders
+
+
 def query_weights(
     weigh: Callable[[Tensor, Tensor, Tensor], Tensor], plan: Plan, prompt: Prompt, named: bool
 ) -> np.ndarray:
@@ -267,15 +274,13 @@ def query_weights(
         weigh: of the text scorer.
         named: whether the caller said who may ask: then somebody must.
     """
-    placeholders = prompt.placeholders & prompt.real
-    text = prompt.real & ~placeholders
-    asks = text if prompt.asks is None else text & prompt.asks
+    asks, placeholders = asking_tokens(prompt)
     after = placeholders[:, ::-1].cumsum(axis=1)[:, ::-1] == 0
     mute = ~(asks & after).any(axis=1) & (np.array(plan.survivors) > np.array(plan.stage2))
     if named and mute.any():
         raise UnsupportedInputError(
-            f"patch.asking(mask): in row {int(mute.argmax())} no token that may ask stands after the last visual token: "
-            "mark some there, or leave asking out"
+            f"patch.asking(mask): in row {int(mute.argmax())} no token that may ask stands after the last visual token:"
+            " mark some there, or leave asking out"
         )
     # without text after its images a row asks with its last token before what does not ask
     weights = weigh(*(torch.from_numpy(x) for x in (asks, placeholders, prompt.real))).numpy()

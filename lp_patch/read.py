@@ -1,6 +1,5 @@
-"""What a call shows: hooks from the vision encoder up to the language model, and the prompt as numbers on the host.
+"""What a call shows: hooks from the vision encoder up to the language model.
 
-    before_model     labels, and how many of the last tokens generate() made: they do not ask
     before_base      the token ids, and features that came from outside
     around_encode    wraps the method that encodes images: only inside it is the projector this prompt's
     around_merge     where a method merges, perhaps before generate() and with a prompt that grows: notes where it puts
@@ -11,23 +10,20 @@ with the feature tensors, as an attribute: through `generate`, beams, the caller
 hooks: it would trace the state of one forward once and for all, and silently.
 """
 
-import inspect
 import threading
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .compat import CANDIDATE_METHOD, PREPARE_METHOD, encoded_features
-from .errors import ConfigError, UnsupportedInputError, UnsupportedModelError
+from .asking import Asking, arguments_of
+from .compat import encoded_features
+from .errors import ConfigError, UnsupportedInputError
 from .install import Installation, owner
-from .registry import ModalityPart, Parts
+from .registry import Parts
 
 CHOSEN = "lp_patch_chosen"  # attribute of a feature tensor: what stage 1 decided of its rows
 _BIT = -torch.inf  # by which numbered features tell their number
@@ -37,11 +33,11 @@ class Chosen(NamedTuple):
     """What stage 1 decided of one feature's N rows while it was encoded.
 
     Attributes:
-        index: (R,) int64, ascending: the rows that were projected; None: all. The others hold NaN.
+        rows: (R,) int64, ascending: those that were projected; None: all. The others hold NaN.
         scores: (N,) float, or None if the strategy has none. In training, the decisions.
     """
 
-    index: Tensor | None
+    rows: Tensor | None
     scores: Tensor | None
 
 
@@ -75,12 +71,14 @@ class Merged:
         numbers: (B, S) int64, the feature that stands there, -1 for text.
         modality: of the features.
         features: the rows in the prompt of each feature, row by row in the prompt's order.
+        labels: (B, S), or None if none were given.
     """
 
     embeds: Tensor
     numbers: Tensor
     modality: str
     features: list[list[Tensor]]
+    labels: Tensor | None
 
 
 @dataclass
@@ -109,34 +107,6 @@ class Call:
     generated: int = 0
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt as numbers on the host, (B, S) bool each.
-
-    Attributes:
-        modalities: those shown.
-        masks: for each of them its placeholders, also those that the attention mask hides.
-        structural: placeholders without a picture (line breaks of a tiling): kept and not counted.
-        real: not padding.
-        jumps: where transformers sees a new packed sequence begin, or None if it does not look.
-        asks: tokens that may ask, or None if all may.
-        ids: (B, S) int64, for families that tell images apart by them.
-    """
-
-    modalities: list[ModalityPart]
-    masks: list[np.ndarray]
-    structural: np.ndarray
-    real: np.ndarray
-    jumps: np.ndarray | None
-    asks: np.ndarray | None
-    ids: np.ndarray | None
-
-    @property
-    def placeholders(self) -> np.ndarray:
-        """All that a feature row replaces."""
-        return np.logical_or.reduce(self.masks)
-
-
 class PerThread(threading.local):
     """What one thread is showing to the model."""
 
@@ -150,6 +120,7 @@ class PerThread(threading.local):
     prepared: tuple[Any, int] = (None, 0)
     asking: Tensor | None = None
     showing: Any = None
+    encoded: Encoding | None = None
     outside: bool = False
 
 
@@ -166,7 +137,7 @@ class State:
         return type(self), ()
 
 
-class Reader:
+class Reader(Asking):
     """The hooks up to the language model. A subclass decides what happens to the features."""
 
     def __init__(self, parts: Parts, state: State) -> None:
@@ -180,20 +151,7 @@ class Reader:
             raise ConfigError(
                 "this model is patched, or in training: call lp_patch.remove(model), or remove() of its GatedModel"
             )
-        if hasattr(model, "generate"):
-            wrappers = {
-                "generate": self.around_generate,
-                CANDIDATE_METHOD: self.around_candidates,
-                PREPARE_METHOD: self.around_prepare,
-            }
-            for name, wrapper in wrappers.items():
-                if not hasattr(model, name):
-                    raise UnsupportedModelError(
-                        f"{type(model).__name__}.generate() has no {name}, by which lp_patch tells the prompt from what "
-                        "was generated: this transformers is newer than lp_patch knows"
-                    )
-                on.wrap(model, name, wrapper)
-        on.before(model, self.before_model)
+        self.install_asking(on, model)
         for modality in self.parts.modalities:
             on.wrap(base, modality.encode, partial(self.around_encode, modality.name))
         if self.parts.adapter.merge is not None:
@@ -225,69 +183,6 @@ class Reader:
             self._recall(call, embeds)
         return call
 
-    # ------------------------------------------------------------------ who asks
-
-    def around_generate(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        """Wraps generate(): only inside it is anything generated; an assistant may be the same model."""
-        local = self.state.local
-        before, local.generating, local.width = (local.generating, local.width), True, None
-        try:
-            return wrapped(*args, **kwargs)
-        finally:
-            local.generating, local.width = before
-
-    def around_candidates(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        """Wraps the start of assisted decoding, whose first forward shows the prompt and guesses after it."""
-        ids = _arguments(wrapped, args, kwargs).get("input_ids")
-        self.state.local.width = None if ids is None else ids.shape[1]
-        return wrapped(*args, **kwargs)
-
-    def around_prepare(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
-        """Wraps what makes a forward's inputs: notes how many of the ids come after the prompt."""
-        inputs, local = wrapped(*args, **kwargs), self.state.local
-        ids, given = args[0] if args else kwargs.get("input_ids"), inputs.get("input_ids")
-        if local.generating and ids is not None:
-            local.width = ids.shape[1] if local.width is None else local.width
-            if given is not None:
-                local.prepared = (weakref.ref(given), ids.shape[1] - local.width)
-        return inputs
-
-    @torch.compiler.disable
-    def before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """Labels, and what generate() made: these tokens do not ask."""
-        local = self.state.local
-        local.labels = argument(module, "labels", args, kwargs)
-        given, generated = local.prepared
-        local.generated = generated if given is not None and given() is kwargs.get("input_ids") else 0
-        local.prepared = (None, 0)
-
-    @contextmanager
-    def asking(self, mask: Tensor) -> Iterator[None]:
-        """Within the block, only tokens where `mask` (B, S) bool says so ask in stage 2; for this thread."""
-        local = self.state.local
-        before, local.asking = local.asking, mask
-        try:
-            yield
-        finally:
-            local.asking = before
-
-    def asking_of(self, call: Call, batch: int, length: int, seen: int) -> Tensor | None:
-        """The mask of `asking` for a forward of `length` new tokens after `seen` ones: (B, length), or None."""
-        mask = self.state.local.asking
-        if mask is None:
-            return None
-        prompt = length - call.generated
-        if mask.dim() != 2 or batch % len(mask) or mask.shape[1] not in (length, prompt, seen + prompt):
-            raise UnsupportedInputError(
-                f"patch.asking(mask): the mask must be (batch, tokens) of the prompt, ({batch}, {prompt}) here, got "
-                f"{tuple(mask.shape)}"
-            )
-        mask = mask.bool().repeat_interleave(batch // len(mask), dim=0)  # beams
-        own = mask[:, -min(mask.shape[1], length if mask.shape[1] == length else prompt) :]
-        return nn.functional.pad(own, (0, length - own.shape[1]))
-
-    # ------------------------------------------------------------------ images
-
     @torch.compiler.disable
     def around_encode(self, modality: str, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         """Wraps the method that encodes images (or videos): only inside it does the projector prune."""
@@ -296,7 +191,7 @@ class Reader:
         call = self._call()
         if call.encoding is not None:
             return wrapped(*args, **kwargs)  # a method for videos that calls the one for images
-        encoding = call.encoding = Encoding(_arguments(wrapped, args, kwargs))
+        encoding = call.encoding = Encoding(arguments_of(wrapped, args, kwargs))
         self.encoding_starts(encoding)
         try:
             output = wrapped(*args, **kwargs)
@@ -313,8 +208,9 @@ class Reader:
                 )
             for feature, chosen in zip(found, encoding.chosen, strict=False):
                 setattr(feature, CHOSEN, chosen)
-            if encoding.chosen and isinstance(features, Tensor) and hasattr(output, "pooler_output"):
-                output.pooler_output = found  # rows of one tensor would lose what was chosen
+            if encoding.chosen and isinstance(features, Tensor):
+                setattr(features, CHOSEN, encoding.chosen)
+            self.state.local.encoded = encoding
         return output
 
     def encoding_starts(self, encoding: Encoding) -> None:
@@ -339,7 +235,8 @@ class Reader:
                 numbers = read_numbers(_merged_embeds(wrapped(*args, **kwargs)))
         finally:
             local.numbered = None
-        ids = inspect.signature(wrapped).bind(*args, **kwargs).arguments["input_ids"]
+        given = arguments_of(wrapped, args, kwargs)
+        ids = given["input_ids"]
         (token,) = [m.placeholder for m in self.parts.modalities if m.name == modality]
         placed = [row[row >= 0].unique_consecutive(return_counts=True) for row in numbers.cpu()]
         for (which, _), expected in zip(placed, (ids == token).sum(dim=1).tolist(), strict=True):
@@ -349,12 +246,14 @@ class Reader:
                     "merges without their bounds: give one tile per image, or remove the patch"
                 )
         rows = [[_placed(features[i], n) for i, n in zip(*map(Tensor.tolist, x), strict=True)] for x in placed]
-        local.merged = Merged(_merged_embeds(output).detach(), numbers, modality, rows)
+        grown = [x for x in output if isinstance(x, Tensor) and x.dim() == 2]
+        labels = None if given.get("labels") is None else grown[-1]
+        local.merged = Merged(_merged_embeds(output).detach(), numbers, modality, rows, labels)
         return output
 
     def _recall(self, call: Call, embeds: Tensor) -> None:
         """Where these embeddings (B, S, D) are what the merging method returned, tell their visual positions."""
-        call.features, merged = {}, self.state.local.merged
+        call.features, call.labels, merged = {}, None, self.state.local.merged
         if merged is None or embeds.shape[1:] != merged.embeds.shape[1:] or len(embeds) % len(merged.embeds):
             return
         times = len(embeds) // len(merged.embeds)  # beams, and several answers to one prompt
@@ -362,6 +261,7 @@ class Reader:
         if ((embeds == again) | (again != again)).all():  # rows of what was not projected hold NaN
             call.visual = (merged.numbers >= 0).repeat_interleave(times, dim=0)
             call.features = {merged.modality: [x for row in merged.features for x in row * times]}
+            call.labels = merged.labels if times == 1 else None
 
     @torch.compiler.disable
     def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -375,7 +275,28 @@ class Reader:
         call.shows = any(shows_images(name, kwargs[name]) for name in kwargs)
         for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
             if output is not None:
-                call.features[modality] = list(output.pooler_output)
+                call.features[modality] = self._given(output.pooler_output)
+
+    def _given(self, features: Any) -> list[Tensor]:
+        """Features (N, D) that come encoded; where what was chosen got lost on the way, their rows of NaN tell it.
+
+        generate() stacks those of one tensor anew for beams, and callers copy: no wait for features as they came.
+        """
+        found = list(features)
+        for feature, chosen in zip(found, getattr(features, CHOSEN, ()), strict=False):
+            setattr(feature, CHOSEN, chosen)
+        encoding = self.state.local.encoded
+        lost = [x for x in found if not hasattr(x, CHOSEN)]
+        if encoding is None or not encoding.chosen or not lost:
+            return found
+        pairs = zip(encoding.present, encoding.chosen, strict=True)
+        known = {(n, tuple(c.rows.tolist())): c for n, c in pairs if c.rows is not None}
+        for feature in lost:
+            left = (~feature.isnan().all(dim=-1)).nonzero().flatten().tolist()
+            chosen = known.get((len(feature), tuple(left)))
+            if chosen is not None:
+                setattr(feature, CHOSEN, chosen)
+        return found
 
     def placeholders(self, call: Call, token: int) -> Tensor:
         """(B, S) bool: positions that a visual feature replaces."""
@@ -391,86 +312,6 @@ class Reader:
         """(B, S) bool among `placeholders`: line breaks in the merged embeddings (B, S, D); None: there are none."""
         structural = self.parts.adapter.structural
         return None if structural is None else placeholders & structural(self.parts.base, embeds)
-
-    def read_prompt(
-        self, call: Call, embeds: Tensor, mask: Tensor | None, asking: Tensor | None, kwargs: dict
-    ) -> Prompt:
-        """The prompt of a forward that shows images, on the host.
-
-        This is the one wait for the device in a prefill.
-
-        Args:
-            embeds: (B, S, D), merged.
-            mask: (B, S) of the caller's attention mask, or None if all are real.
-            asking: (B, S) bool, or None.
-            kwargs: of the language model's forward.
-        """
-        modalities = [m for m in self.parts.modalities if m.name in call.features]
-        batch, length = embeds.shape[:2]
-        device = embeds.device
-        wanted: dict[str, Tensor] = {}
-        if call.ids is not None and call.visual is None:
-            wanted["ids"] = call.ids
-        else:
-            wanted.update({m.name: self.placeholders(call, m.placeholder) for m in modalities})
-        if self.parts.adapter.structural is not None:
-            found = [self.placeholders(call, m.placeholder).to(device) for m in modalities]
-            wanted["structural"] = self.structural(embeds, torch.stack(found).any(dim=0))  # type: ignore[assignment]
-        if mask is not None:
-            wanted["real"] = mask
-        ids = text_positions(kwargs, length)
-        if ids is not None:
-            wanted["positions"] = ids.expand(batch, length)
-        if call.labels is not None:
-            wanted["labels"] = call.labels
-        if asking is not None:
-            wanted["asking"] = asking
-        # one transfer: labels may be negative, ids are far from the ends of int64
-        stacked = torch.stack([x.to(device, torch.long) for x in wanted.values()]).cpu().numpy()
-        host = dict(zip(wanted, stacked, strict=True))
-        if "ids" in host:
-            masks = [host["ids"] == m.placeholder for m in modalities]
-        else:
-            masks = [host[m.name] != 0 for m in modalities]
-        real = host["real"] != 0 if mask is not None else np.ones((batch, length), dtype=bool)
-        structural = host["structural"] != 0 if "structural" in host else np.zeros_like(real)
-        jumps = None
-        if ids is not None:
-            jumps = np.pad(np.diff(host["positions"], axis=1) != 1, ((0, 0), (1, 0)))
-            jumps[:, 1:] &= real[:, 1:] & real[:, :-1]
-        asks = None
-        if call.labels is not None:
-            text = real & ~np.logical_or.reduce(masks)
-            asks = host["labels"] == -100
-            asks |= ~(asks & text).any(axis=1, keepdims=True)  # labels on everything mark no answer
-        if call.generated:
-            asks = np.ones_like(real) if asks is None else asks
-            asks[:, -call.generated :] = False
-        if asking is not None:
-            asks = (host["asking"] != 0) & (True if asks is None else asks)
-        return Prompt(modalities, masks, structural, real, jumps, asks, host.get("ids"))
-
-
-def text_positions(kwargs: dict, length: int) -> Tensor | None:
-    """(B or 1, S) position ids, in the axis that counts text; None where transformers looks for no packing in them."""
-    ids = kwargs.get("position_ids")
-    if ids is None or (ids.dim() == 3 and ids.shape[0] != 4):
-        return None
-    return ids[0] if ids.dim() == 3 else ids
-
-
-def argument(module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
-    """An argument of a module's forward, by keyword or by position; None if it was not given."""
-    if name in kwargs or not args:
-        return kwargs.get(name)
-    names = list(inspect.signature(module.forward).parameters)
-    return dict(zip(names, args, strict=False)).get(name)
-
-
-def _arguments(method: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
-    """The arguments of a call, by name, those in **kwargs too."""
-    bound = inspect.signature(method).bind(*args, **kwargs).arguments
-    return {**bound, **bound.get("kwargs", {})}
 
 
 def shows_images(name: str, value: Any) -> bool:
@@ -507,9 +348,9 @@ def _placed(feature: Tensor, count: int) -> Tensor:
     """The rows (count, D) of a feature (N, D) that are in the prompt: one that is cut at its end may lack some."""
     rows = feature[:count].detach()
     chosen = chosen_of(feature)
-    if count < len(feature) and chosen.index is not None:
-        chosen = Chosen(chosen.index[chosen.index < count], chosen.scores)
-    setattr(rows, CHOSEN, Chosen(chosen.index, None if chosen.scores is None else chosen.scores[:count]))
+    if count < len(feature) and chosen.rows is not None:
+        chosen = Chosen(chosen.rows[chosen.rows < count], chosen.scores)
+    setattr(rows, CHOSEN, Chosen(chosen.rows, None if chosen.scores is None else chosen.scores[:count]))
     return rows
 
 

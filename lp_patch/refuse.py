@@ -1,4 +1,4 @@
-"""What a prefill that is to be pruned cannot be given, each with what to do. Asked only once something will be removed."""
+"""What a prefill that is to be pruned cannot be given, with what to do; asked once something will be removed."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from . import cache as kv
 from .compat import PACKED_KEYWORDS, cache_in
 from .errors import UnsupportedInputError
 from .plan import Plan
-from .read import Prompt
+from .prompt import Prompt
 from .registry import Parts
 
 

@@ -25,6 +25,9 @@ class Step:
         for start, mask in zip(self.starts, self.masks, strict=True):
             if start <= index:
                 found = mask
+        if isinstance(found, dict):
+            # the model has taken the one of this layer's type
+            return next((found[name] for name, mask in self.masks[0].items() if mask is given), given)
         return found
 
 

@@ -2,7 +2,6 @@
 
 from collections import Counter
 
-import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 VIEWS = {"aten::detach", "aten::_unsafe_view", "aten::alias", "aten::lift_fresh", "aten::_reshape_alias"}

@@ -166,11 +166,6 @@ def test_low_precision(family, dtype):
 def test_static_cache(family, record_property):
     model, scene = make(family, seed=17)
     with lp_patch.applied(model, **OPTIONS):
-        if family in ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "internvl"):
-            why = "for a static cache, transformers' Qwen2 makes masks as a dict, which lp_patch does not read"
-            with refused(record_property, "needs the 2-D attention mask (batch, tokens) or None, got dict", why):
-                generate(model, scene, cache_implementation="static")
-            return
         found = generate(model, scene, cache_implementation="static")
     if found is None:
         record_property("cell", ORIGINAL_CANNOT)

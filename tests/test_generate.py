@@ -196,7 +196,9 @@ def test_features_from_the_caller(encoded):
             features = model.get_image_features(pixels, return_dict=True)
         kept = features.pooler_output[0].clone()
         out = generate(model, inputs, mm_encoder_outputs={"image": features})
-        assert torch.equal(features.pooler_output[0].nan_to_num(), kept.nan_to_num()), "the caller's features were changed"
+        assert torch.equal(features.pooler_output[0].nan_to_num(), kept.nan_to_num()), (
+            "the caller's features were changed"
+        )
         stage1 = patch.trace.stage1[0].tolist()
     if encoded == "patched":
         check_steps(model, out, 0, ids, pixels, len(ids), tokens=5, scorer="cls")

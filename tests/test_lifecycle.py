@@ -123,7 +123,7 @@ def test_an_error_while_installing_leaves_nothing(monkeypatch):
     def fail(*_):
         raise RuntimeError("as if")
 
-    monkeypatch.setattr("lp_patch.surgery.install_tap", fail)
+    monkeypatch.setattr("lp_patch.engine.install_tap", fail)
     with pytest.raises(RuntimeError):
         lp_patch.apply(model)
     assert snapshot(model) == before
@@ -353,7 +353,7 @@ def test_a_saved_setting_patches_alike(tmp_path, learned):
         want, config = answer(model), patch.config
     with lp_patch.applied(model, tmp_path) as patch:
         assert answer(model) == want and patch.config == config
-        assert (patch._surgery.scorer.name == "learned") == learned
+        assert (patch._settings.scorer.name == "learned") == learned
     with lp_patch.applied(model, str(tmp_path), ratio=0.5) as patch:
         assert (patch.config.tokens, patch.config.ratio, patch.config.final_wipe_layer) == (None, 0.5, 5)
 

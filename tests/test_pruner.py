@@ -254,7 +254,7 @@ def test_card_shows_how_to_apply(tmp_path):
     text = (folder / "README.md").read_text()
     names = {"model": tiny_llava()}
     exec(text.split("```python\n")[1].split("```")[0], names)
-    assert names["patch"]._surgery.pruner.fc1.weight.equal(pruner.fc1.weight)
+    assert names["patch"]._settings.pruner.fc1.weight.equal(pruner.fc1.weight)
 
 
 def test_card_is_replaced_only_while_it_is_ours(pruner, folder):
@@ -478,7 +478,7 @@ def checkpoint_model(checkpoint):
 
 def stage1(patch):
     """The scorer that a patch runs, and its pruner."""
-    return patch._surgery.scorer.name, patch._surgery.pruner
+    return patch._settings.scorer.name, patch._settings.pruner
 
 
 def test_a_checkpoint_brings_its_pruner(checkpoint, checkpoint_model):

@@ -205,7 +205,7 @@ def test_second_turn_with_a_new_image(kind):
 @pytest.mark.parametrize("cached", [True, False])
 @pytest.mark.parametrize("given", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_rotary_sees_original_positions_and_nothing_else_sees_their_gaps(kind, given, cached, monkeypatch):
+def test_layers_are_rotated_by_original_positions_and_nothing_sees_their_gaps(kind, given, cached, monkeypatch):
     """A gap in what mask builders and layers are handed would be taken for a packed sequence."""
     model = tiny_qwen(kind, seed=5)
     row = prompt(kind, 3, ("image", 3, 4), 2, ("video", 3, 2, 3), 4)
@@ -222,18 +222,25 @@ def test_rotary_sees_original_positions_and_nothing_else_sees_their_gaps(kind, g
     monkeypatch.setattr(
         module, "create_causal_mask", lambda **kwargs: shown.append(kwargs["position_ids"]) or build(**kwargs)
     )
+
+    def note(module, args, kwargs):
+        shown.append(kwargs["position_ids"])
+        rotated.append(kwargs["position_embeddings"])
+
+    language = model.model.language_model
     with lp_patch.applied(model, tokens=4, layer=2) as patch:
-        for layer in model.model.language_model.layers:
-            layer.register_forward_pre_hook(lambda m, args, kw: shown.append(kw["position_ids"]), with_kwargs=True)
-        model.model.language_model.rotary_emb.register_forward_pre_hook(
-            lambda m, args, kw: rotated.append(kw.get("position_ids", args[-1])), with_kwargs=True
-        )
+        handles = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in language.layers]
         model(**inputs, use_cache=cached)
+    for handle in handles:
+        handle.remove()
     positions = sorted(p for x in row["visual"] for p in x)
-    lost = set(positions) - {positions[i] for i in patch.trace.stage1[0]}
-    stay = [p for p in range(len(row["ids"])) if p not in lost]
-    assert len(rotated) == 1 and torch.equal(rotated[0].expand(3, 1, -1), true[1:, :, stay])
-    assert len(shown) == 1 + LAYERS
+    assert len(rotated) == LAYERS and len(shown) == 1 + LAYERS
+    for number, found in enumerate(rotated):
+        kept = (patch.trace.stage1 if number < 2 else patch.trace.stage2)[0]
+        lost = set(positions) - {positions[i] for i in kept}
+        stay = [p for p in range(len(row["ids"])) if p not in lost]
+        want = language.rotary_emb(torch.zeros(1, 1, 1, dtype=model.dtype), position_ids=true[1:, :, stay])
+        assert all(map(torch.equal, found, want))
     for ids in shown:
         assert ids is None or (ids.diff(dim=-1) == 1).all()
 

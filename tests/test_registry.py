@@ -7,7 +7,16 @@ import pytest
 import torch
 from tiny import IMAGE, LAYERS, WIDTH, tiny_llava
 from torch import nn
-from transformers import BertConfig, BertModel, MistralConfig
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaModel,
+    MistralConfig,
+    Qwen2Config,
+)
 
 import lp_patch
 from lp_patch import Adapter, ConfigError, UnsupportedModelError, registry
@@ -69,7 +78,10 @@ def test_find_parts(model):
     assert len(parts.layers) == LAYERS
     assert all(a is b for a, b in zip(parts.layers, model.model.language_model.layers, strict=True))
     assert all(a is b.self_attn for a, b in zip(parts.attention, parts.layers, strict=True))
-    assert (parts.width, parts.modalities) == (WIDTH, (("image", "get_image_features", IMAGE),))
+    assert parts.width == WIDTH
+    assert [(m.name, m.encode, m.placeholder) for m in parts.modalities] == [("image", "get_image_features", IMAGE)]
+    model.config.image_token_id = 7
+    assert parts.modalities[0].placeholder == 7  # as the config says now
     assert find_parts(model.model).base is model.model  # without the head
 
 
@@ -138,18 +150,25 @@ def test_too_few_layers():
         find_parts(tiny_llava(layers=1, dtype=torch.float32))
 
 
-def test_sliding_windows_are_refused(model):
-    text = model.model.language_model
-    text.config = MistralConfig(sliding_window=8)
-    with pytest.raises(UnsupportedModelError, match=r"\(mistral\) uses sliding-window attention"):
-        find_parts(model)
-    text.config = MistralConfig(sliding_window=None)
-    assert len(find_parts(model).layers) == LAYERS
-    text.config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(UnsupportedModelError, match="sliding-window"):
-        find_parts(model)
-    text.config.layer_types = ["full_attention", "full_attention"]
-    find_parts(model)
+def tiny_text(config, **options):
+    """A LLaVA without a head over this text config."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    return LlavaModel(LlavaConfig(vision_config=vision, text_config=config(vocab_size=60, **sizes, **options)))
+
+
+def test_sliding_windows_are_refused_where_a_layer_has_one():
+    with pytest.raises(UnsupportedModelError, match=r"\(mistral\) uses sliding-window attention in 2 of 2"):
+        find_parts(tiny_text(MistralConfig, sliding_window=8, num_key_value_heads=2))
+    assert find_parts(tiny_text(MistralConfig, sliding_window=None, num_key_value_heads=2))
+    windows = {"use_sliding_window": True, "sliding_window": 8, "num_key_value_heads": 2}
+    with pytest.raises(UnsupportedModelError, match=r"in 1 of 2 decoder layers, the first of them layer 2"):
+        find_parts(tiny_text(Qwen2Config, layer_types=["full_attention", "sliding_attention"], **windows))
+    assert find_parts(tiny_text(Qwen2Config, layer_types=["full_attention"] * 2, **windows))
+    # Llama's layers have no window, whatever the config carries
+    stray = tiny_text(LlamaConfig)
+    stray.config.text_config.sliding_window = stray.language_model.config.sliding_window = 8
+    assert find_parts(stray)
 
 
 class DistributedDataParallel(nn.Module):

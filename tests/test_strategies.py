@@ -527,7 +527,7 @@ def test_hiprune_reads_the_ninth_layer_of_clip():
         with lp_patch.applied(model, scorer="hiprune") as patch:
             tapped = [i for i, layer in enumerate(layers) if type(layer.self_attn.config) is not CLIPVisionConfig]
             assert tapped == expected
-            assert sum(len(readings) for _, readings in patch._surgery.readings) == 2
+            assert sum(len(readings) for _, readings in patch._settings.readings) == 2
 
 
 def test_two_readings_of_one_layer():

@@ -84,7 +84,7 @@ def test_peft_patch_then_modules_to_save():
     wrapped = lora(model, modules_to_save=["multi_modal_projector"])
     hooks = [h for m in wrapped.modules() for h in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
     owners = {id(o) for h in hooks if (o := getattr(getattr(h, "func", h), "__self__", None)) is not None}
-    assert id(patch._surgery) in owners and len(owners) == 1, "the copied projector carries a copy of the model"
+    assert id(patch._engine) in owners and len(owners) == 1, "the copied projector carries a copy of the model"
     got = answer(wrapped)
     assert patch.trace.stage1[0].tolist() == expected(model, IDS, images(1), tokens=5).stage1
     lp_patch.remove(wrapped)
