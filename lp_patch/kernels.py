@@ -93,13 +93,13 @@ def cosines(features: Tensor, scales: Tensor) -> Tensor:
     with torch.cuda.device_of(features):
         _cosines[(batch * triton.cdiv(n_tokens, TILE) ** 2,)](
             features.contiguous(), scales.float().contiguous(), table, n_tokens, width,
-            **settings(features.dtype, capability),
+            **cosines_settings(features.dtype, capability),
         )  # fmt: skip
     return table
 
 
-def settings(dtype: torch.dtype, capability: tuple[int, int] | None) -> dict[str, Any]:
-    """How `_cosines` is compiled for features of `dtype` on an NVIDIA device of that capability, or (None) elsewhere."""
+def cosines_settings(dtype: torch.dtype, capability: tuple[int, int] | None) -> dict[str, Any]:
+    """How `_cosines` is compiled for features of `dtype`: `capability` of an NVIDIA device, None for another one."""
     # tensor cores know bfloat16 and tf32 since Ampere; AMD's compiler has no tf32x3, the interpreter no bfloat16
     modern = capability is not None and capability >= (8, 0)
     widen = dtype == torch.bfloat16 and not modern
@@ -118,11 +118,16 @@ def greedy(table: Tensor, nearest: Tensor, scores: Tensor | None, count: int) ->
     """The greedy choice in one launch; arguments as for `select._greedy`, with `table` (B, N, N) float32 of cosines."""
     batch, n_tokens = nearest.shape
     chosen = torch.empty((batch, count), dtype=torch.long, device=table.device)
-    block = triton.next_power_of_2(n_tokens)
     with torch.cuda.device_of(table):
         _greedy[(batch,)](
             table.contiguous(), nearest.contiguous(), nearest if scores is None else scores.contiguous(), chosen,
-            n_tokens, count, SCORED=scores is not None, BLOCK=block,
-            num_warps=min(16, max(1, block // 256)), enable_fp_fusion=True,
+            n_tokens, count, **greedy_settings(n_tokens, scores is not None),
         )  # fmt: skip
     return chosen
+
+
+def greedy_settings(n_tokens: int, scored: bool) -> dict[str, Any]:
+    """How `_greedy` is compiled: eight numbers of each vector for a thread, until there are 512 threads."""
+    block = triton.next_power_of_2(n_tokens)
+    warps = min(16, max(1, block // 256))
+    return {"SCORED": scored, "BLOCK": block, "num_warps": warps, "enable_fp_fusion": True}

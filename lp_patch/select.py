@@ -10,6 +10,7 @@ devices may still choose differently where cosines agree to within 1e-6.
 """
 
 import functools
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from types import ModuleType
@@ -248,13 +249,11 @@ def _groups(features: Tensor, others: Tensor) -> Iterator[tuple[Tensor, Tensor]]
 @functools.cache
 def _kernels(device: torch.device) -> ModuleType | None:
     """`kernels.py` where it works: on a CUDA device, with a Triton that can build for it."""
-    if device.type != "cuda":
+    if device.type != "cuda" or importlib.util.find_spec("triton") is None:  # builds for Windows have none
         return None
     try:
         from . import kernels
-    except ImportError:  # builds without Triton, as on Windows
-        return None
-    try:
+
         table = torch.eye(2, device=device)[None]
         kernels.greedy(kernels.cosines(table, table[:, 0]), table[:, 0], None, 1)
     except Exception as error:  # no compiler, an old GPU: whatever the driver and the compiler raise
