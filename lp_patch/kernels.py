@@ -39,7 +39,7 @@ def _cosines(
         if WIDEN:
             a = a.to(tl.float32)
             b = b.to(tl.float32)
-        # both orders: which of two tokens is the left factor must not show
+        # both orders: which of two tokens is the left factor must not show, as it would in three products for one
         ab = tl.dot(a, tl.trans(b), ab, input_precision=PRECISION)
         ba = tl.dot(b, tl.trans(a), ba, input_precision=PRECISION)
     a_scale = tl.load(scales + first + left, mask=left < n_tokens, other=0.0)
@@ -68,7 +68,8 @@ def _greedy(
         worth = -near
         if SCORED:
             worth = score * tl.maximum(1.0 - near, 0.0)
-        pick = tl.argmax(tl.where(near == float("inf"), float("-inf"), worth), axis=0)  # ties: the lowest index
+        worth = tl.where(near == float("inf"), float("-inf"), worth)
+        pick = tl.argmax(worth, axis=0, tie_break_left=True)
         tl.store(chosen + row * count + step, pick.to(tl.int64))
         similarity = tl.load(table + (row * n_tokens + pick) * n_tokens + tokens, mask=real, other=0.0)
         near = tl.where(tokens == pick, float("inf"), tl.maximum(near, similarity))

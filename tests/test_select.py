@@ -67,8 +67,10 @@ def rows_and_seeds(draw, vectors=EXACT, max_tokens=9):
     return row, seeds, draw(st.integers(0, n - len(seeds)))
 
 
-def test_two_tokens_that_are_each_others_nearest_tie():
-    """The start is often one of such a pair; rounding must not decide which."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_two_tokens_that_are_each_others_nearest_tie(monkeypatch, dtype):
+    """The start is often one of such a pair; rounding must not decide which, on MPS either, which has no float64."""
+    monkeypatch.setattr(select, "_wide", lambda features: dtype)
     for seed in range(200):
         n_tokens = 3 + seed % 14
         features = torch.randn(2, n_tokens, 33, generator=torch.Generator().manual_seed(seed))
@@ -462,8 +464,10 @@ def test_inference_mode_changes_nothing(name, call, given):
 
 
 @calls
+@pytest.mark.parametrize("wide", [torch.float64, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_changes_no_choice(name, call, given, dtype):
+def test_autocast_changes_no_choice(monkeypatch, name, call, given, dtype, wide):
+    monkeypatch.setattr(select, "_wide", lambda features: wide)
     # neighbours so close that products in half precision cannot tell them apart
     features = 1 + 0.01 * torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(3))
     with torch.autocast("cpu", dtype=dtype):
