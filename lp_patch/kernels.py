@@ -83,7 +83,7 @@ def cosines(features: Tensor, scales: Tensor) -> Tensor:
         scales: (B, N), one over each token's length, 0 for one that resembles nothing.
 
     Returns:
-        (B, N, N) float32.
+        (B, N, N) float32. Where float32 overflows, for tokens longer than 1e18, a cosine is 0.
     """
     batch, n_tokens, width = features.shape
     if features.dtype == torch.float64:

@@ -132,10 +132,10 @@ def _farthest(features: Tensor, seeds: Tensor, count: int) -> Tensor:
         return seeds[:, :0]
     chosen = []
     for part, known in _groups(features, seeds):
-        cosines = _Cosines(part, whole=known.shape[1] == 0)
-        start = known if known.shape[1] else cosines.most_isolated()
-        nearest = cosines.nearest(start).scatter_(1, start, torch.inf)
-        rest = _greedy(cosines, nearest, None, count if known.shape[1] else count - 1)
+        similarity = _Cosines(part, whole=known.shape[1] == 0)
+        start = known if known.shape[1] else similarity.most_isolated()
+        nearest = similarity.nearest(start).scatter_(1, start, torch.inf)
+        rest = _greedy(similarity, nearest, None, count if known.shape[1] else count - 1)
         chosen.append(rest if known.shape[1] else torch.cat([start, rest], dim=1))
     return torch.cat(chosen)
 
@@ -143,15 +143,15 @@ def _farthest(features: Tensor, seeds: Tensor, count: int) -> Tensor:
 def _covering(features: Tensor, scores: Tensor, count: int) -> Tensor:
     """(B, count): `covering_points` of finite scores in float32."""
     wide = features.to(_wide(features))
-    cosines = _Cosines(wide - wide.mean(dim=1, keepdim=True), whole=True)
-    return _greedy(cosines, torch.zeros_like(scores), scores, count)
+    similarity = _Cosines(wide - wide.mean(dim=1, keepdim=True), whole=True)
+    return _greedy(similarity, torch.zeros_like(scores), scores, count)
 
 
-def _greedy(cosines: "_Cosines", nearest: Tensor, scores: Tensor | None, count: int) -> Tensor:
+def _greedy(similarity: "_Cosines", nearest: Tensor, scores: Tensor | None, count: int) -> Tensor:
     """The choice itself, token by token, for both: the least similar, or the best by score times dissimilarity.
 
     Args:
-        cosines: of B rows of N tokens.
+        similarity: of B rows of N tokens.
         nearest: (B, N) float32, similarity to the nearest token chosen before; infinite for that token itself.
         scores: (B, N) float32, finite, or None.
         count: how many.
@@ -159,15 +159,15 @@ def _greedy(cosines: "_Cosines", nearest: Tensor, scores: Tensor | None, count: 
     Returns:
         (B, count) int64.
     """
-    if cosines.kernels is not None:
-        return cosines.kernels.greedy(cosines.table, nearest, scores, count)
+    if similarity.kernels is not None:
+        return similarity.kernels.greedy(similarity.table, nearest, scores, count)
     chosen = torch.empty((nearest.shape[0], count), dtype=torch.long, device=nearest.device)
     for step in range(count):
         worth = -nearest if scores is None else scores * (1 - nearest).clamp(min=0)
         pick = worth.masked_fill(nearest == torch.inf, -torch.inf).argmax(dim=1, keepdim=True)
         chosen[:, step : step + 1] = pick
         if step + 1 < count:
-            nearest = torch.maximum(nearest, cosines.of(pick).squeeze(1)).scatter_(1, pick, torch.inf)
+            nearest = torch.maximum(nearest, similarity.of(pick).squeeze(1)).scatter_(1, pick, torch.inf)
     return chosen
 
 

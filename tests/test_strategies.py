@@ -23,7 +23,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 import lp_patch
-from lp_patch import ConfigError, LearnablePruner, UnsupportedInputError, strategies
+from lp_patch import ConfigError, LearnablePruner, UnsupportedInputError, select, strategies
 from lp_patch.strategies import (
     SCORERS,
     TEXT_SCORERS,
@@ -154,7 +154,9 @@ def test_scores_that_look_at_nothing_hear_no_default(name, monkeypatch):
     assert not strategies.baselines._draw(50, 0, torch.device("cpu")).is_inference()
 
 
-def test_products_are_exact_under_autocast():
+@pytest.mark.parametrize("wide", [torch.float64, torch.float32])
+def test_products_are_exact_under_autocast(monkeypatch, wide):
+    monkeypatch.setattr(select, "_wide", lambda features: wide)
     torch.manual_seed(0)
     features, pruner = 1 + 0.05 * torch.randn(2, 36, 64), LearnablePruner(64, 16)
     attention = torch.rand(2, 36), torch.rand(2, 36)

@@ -13,7 +13,8 @@ AT_ONCE = 8
 def select(x: Stage1Input) -> Tensor:
     """(B, keep). Others, best first, are dealt into two halves; of the first go those most like one of the second."""
     (attention,) = x.attention
-    table = cosines(x.features)
+    with torch.autocast(x.features.device.type, enabled=False):
+        table = cosines(x.features)
     important, others = top_indices(attention, attention.shape[1]).tensor_split([int(IMPORTANT * x.keep)], dim=1)
     diverse = x.keep - important.shape[1]
     while others.shape[1] > diverse:
