@@ -82,7 +82,8 @@ class LearnablePruner(nn.Module):
     def score(self, x: Tensor) -> Tensor:
         """Keep probability in float32: x (..., hidden), any float dtype and device -> (...)."""
         weight = self.fc1.weight
-        return self(x.to(weight.device, weight.dtype)).float().softmax(dim=-1)[..., 1].to(x.device)
+        with torch.autocast(weight.device.type, enabled=False):
+            return self(x.to(weight.device, weight.dtype)).float().softmax(dim=-1)[..., 1].to(x.device)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``, into `folder`, made if missing.

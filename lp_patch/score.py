@@ -31,6 +31,13 @@ def received_attention(
     Returns:
         (B, K) float32.
     """
+    with torch.autocast(query.device.type, enabled=False):
+        return _received(query, key, query_weight, scaling, key_mask, causal)
+
+
+def _received(
+    query: Tensor, key: Tensor, query_weight: Tensor, scaling: float, key_mask: Tensor | None, causal: bool
+) -> Tensor:
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1], key.shape[2]
     keys = key.float().transpose(2, 3)

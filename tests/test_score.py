@@ -141,6 +141,14 @@ def test_half_inputs_are_scored_in_float32(dtype):
     assert received_attention(query, key, weight, 0.5).equal(same)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(dtype):
+    given = draw(2, 4, 2, 5, 9, dim=16, seed=7)
+    with torch.autocast("cpu", dtype=dtype):
+        got = received_attention(*given, 0.5)
+    assert got.equal(received_attention(*given, 0.5))
+
+
 def test_large_logits():
     # 240 ** 2 * 16 overflows float16, and exp of it every float: only the differences count
     key = torch.full((1, 1, 3, 16), 240.0)

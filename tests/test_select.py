@@ -1,15 +1,20 @@
 """Selection against brute-force loops, on vectors whose cosines are exact, so that ties are real ties."""
 
 import math
+import struct
+import sys
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lp_patch import select
 from lp_patch.select import (
     compact_index,
+    cosines,
     covering_points,
     farthest_points,
     restore_index,
@@ -24,12 +29,14 @@ settings.load_profile("steady")
 
 
 def cosine(a, b):
+    """By plain sums in float64, rounded to float32: a token's with its copy is 1."""
     norms = math.sqrt(sum(x * x for x in a)) * math.sqrt(sum(x * x for x in b))
-    return sum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
+    value = sum(x * y for x, y in zip(a, b, strict=True)) / norms if norms else 0.0
+    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def greedy(features, seeds, count):
-    """Farthest points in float64, one comparison at a time; strict `<` leaves ties to the lowest index."""
+    """Farthest points, one comparison at a time; strict `<` leaves ties to the lowest index."""
     tokens = range(len(features))
     chosen = list(seeds)
     for _ in range(count):
@@ -60,8 +67,10 @@ def rows_and_seeds(draw, vectors=EXACT, max_tokens=9):
     return row, seeds, draw(st.integers(0, n - len(seeds)))
 
 
-def test_two_tokens_that_are_each_others_nearest_tie():
-    """The start is often one of such a pair; rounding must not decide which."""
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_two_tokens_that_are_each_others_nearest_tie(monkeypatch, dtype):
+    """The start is often one of such a pair; rounding must not decide which, on MPS either, which has no float64."""
+    monkeypatch.setattr(select, "_wide", lambda features: dtype)
     for seed in range(200):
         n_tokens = 3 + seed % 14
         features = torch.randn(2, n_tokens, 33, generator=torch.Generator().manual_seed(seed))
@@ -115,12 +124,13 @@ def test_rows_of_a_batch_do_not_meet(cases):
     assert together.tolist() == alone
 
 
-@pytest.mark.parametrize("elements", [1, 30, 97])
+# one row of 23 has 529 pairs: from no table at all to three tables at once
+@pytest.mark.parametrize("elements", [1, 30, 97, 529, 1200])
 @pytest.mark.parametrize("n_seeds", [0, 4])
 def test_blocks_change_nothing(monkeypatch, elements, n_seeds):
     generator = torch.Generator().manual_seed(5)
-    features = torch.randint(0, 2, (2, 23, 16), generator=generator).float() * 2 - 1  # cosines in sixteenths: exact
-    seeds = torch.arange(n_seeds).expand(2, -1)
+    features = torch.randint(0, 2, (3, 23, 16), generator=generator).float() * 2 - 1  # cosines in sixteenths: exact
+    seeds = torch.arange(n_seeds).expand(3, -1)
     whole = farthest_points(features, seeds, 10)
     monkeypatch.setattr(select, "_CHUNK_ELEMENTS", elements)
     assert farthest_points(features, seeds, 10).equal(whole)
@@ -135,6 +145,79 @@ def test_no_block_outgrows_the_limit(monkeypatch):
     farthest_points(torch.randn(2, 40, 3), torch.empty(2, 0, dtype=torch.long), 5)
     assert sizes
     assert max(sizes) <= 300
+
+
+@st.composite
+def copies(draw):
+    """(B, N, C) of random numbers in which tokens stand twice or more, by position chosen at random."""
+    batch, n, width = draw(st.integers(1, 5)), draw(st.integers(2, 40)), draw(st.sampled_from([3, 31, 64, 257]))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 1 << 20)))
+    distinct = torch.randn(batch, n, width, generator=generator)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]))
+    return take(distinct, torch.randint(0, n, (batch, n), generator=generator)).to(dtype)
+
+
+@given(copies(), st.data())
+def test_copies_tie_wherever_they_stand(features, data):
+    n = features.shape[1]
+    n_seeds = data.draw(st.integers(0, n - 1))
+    seeds = torch.stack([torch.randperm(n, generator=torch.Generator().manual_seed(b)) for b in range(len(features))])
+    got = farthest_points(features, seeds[:, :n_seeds], n - n_seeds)
+    for row, known, chosen in zip(features.double().tolist(), seeds.tolist(), got.tolist(), strict=True):
+        assert chosen == greedy(row, known[:n_seeds], n - n_seeds)
+
+
+@given(copies(), st.integers(1, 40))
+def test_a_row_keeps_what_it_keeps_alone(features, count):
+    count = min(count, features.shape[1])
+    scores = torch.rand(features.shape[:2], generator=torch.Generator().manual_seed(count))
+    for choose in (
+        lambda f, s: farthest_points(f, top_indices(s, count // 2), count - count // 2),
+        lambda f, s: covering_points(f, s, count),
+        lambda f, s: select_tokens(f, None, count, 0.1),
+    ):
+        together = choose(features, scores)
+        # alone, at other strides, and among other mates
+        for b in range(len(features)):
+            assert choose(features[b : b + 1], scores[b : b + 1])[0].equal(together[b])
+        slow = features.transpose(1, 2).contiguous().transpose(1, 2)
+        assert choose(slow.flip(0), scores.flip(0)).equal(together.flip(0))
+
+
+@given(copies(), st.sampled_from([1, 100, 2000]))
+def test_a_step_computes_what_a_table_holds(features, elements):
+    before = select._CHUNK_ELEMENTS
+    whole = farthest_points(features, torch.empty(len(features), 0, dtype=torch.long), features.shape[1])
+    try:
+        select._CHUNK_ELEMENTS = elements
+        parts = farthest_points(features, torch.empty(len(features), 0, dtype=torch.long), features.shape[1])
+    finally:
+        select._CHUNK_ELEMENTS = before
+    assert parts.equal(whole)
+
+
+@given(copies())
+def test_cosines(features):
+    got = cosines(features)
+    assert got.dtype == torch.float32
+    assert got.equal(got.transpose(1, 2))
+    unit = torch.nn.functional.normalize(features.double(), dim=2)
+    torch.testing.assert_close(got.double(), unit @ unit.transpose(1, 2), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_tokens_that_are_not_finite_resemble_nothing(bad):
+    features = torch.eye(4).repeat(1, 2, 1)  # each token twice
+    features[0, 3, 1] = features[0, 6] = bad
+    nothing = features.clone()
+    nothing[0, 3] = nothing[0, 6] = 0
+    none = torch.empty(1, 0, dtype=torch.long)
+    assert cosines(features).equal(cosines(nothing))
+    assert farthest_points(features, none, 8).tolist() == [greedy(nothing[0].tolist(), [], 8)]
+    scores = torch.rand(1, 8)
+    scores[0, 5] = bad
+    assert sorted(covering_points(features, scores, 8)[0].tolist()) == list(range(8))
+    assert select_tokens(features, scores, 8, 0.5).tolist() == [list(range(8))]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -310,3 +393,118 @@ def test_covering_never_takes_a_token_twice():
     same = torch.ones(2, 6, 3)
     assert covering_points(same, torch.ones(2, 6), 6).sort(dim=1).values.tolist() == [list(range(6))] * 2
     assert covering_points(same, torch.zeros(2, 6), 6).sort(dim=1).values.tolist() == [list(range(6))] * 2
+
+
+# ------------------------------------------------------------------ one operator
+
+
+class Seen(TorchDispatchMode):
+    """The operators that are dispatched, by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+FEATURES = torch.randn(2, 12, 5, generator=torch.Generator().manual_seed(1))
+SCORES = torch.rand(2, 12, generator=torch.Generator().manual_seed(2))
+NONE, SEEDS = torch.empty(2, 0, dtype=torch.long), torch.tensor([[3, 1], [0, 4]])
+CALLS = {
+    "farthest_points": (lambda f, s: farthest_points(f, s, 4), (FEATURES, NONE)),
+    "farthest_points with seeds": (lambda f, s: farthest_points(f, s, 4), (FEATURES, SEEDS)),
+    "farthest_points, none to add": (lambda f, s: farthest_points(f, s, 0), (FEATURES, SEEDS)),
+    "covering_points": (lambda f, s: covering_points(f, s, 6), (FEATURES, SCORES)),
+    "select_tokens": (lambda f, s: select_tokens(f, s, 6, 0.4), (FEATURES, SCORES)),
+    "select_tokens, none diverse": (lambda f, s: select_tokens(f, s, 6, 0.0), (FEATURES, SCORES)),
+    "select_tokens, all diverse": (lambda f, s: select_tokens(f, s, 6, 1.0), (FEATURES, SCORES)),
+    "select_tokens without scores": (lambda f: select_tokens(f, None, 6, 0.1), (FEATURES,)),
+}
+calls = pytest.mark.parametrize(("name", "call", "given"), [(name, *call) for name, call in CALLS.items()], ids=CALLS)
+
+
+@calls
+def test_a_selection_is_one_operator(name, call, given):
+    with Seen() as seen:
+        call(*given)
+    assert seen.names == [f"lp_patch.{name.split()[0].rstrip(',')}.default"]
+
+
+@calls
+def test_a_compiler_takes_it_whole(name, call, given):
+    assert torch.compile(call, backend="eager", fullgraph=True)(*given).equal(call(*given))
+
+
+@calls
+def test_a_tracer_takes_it_whole(name, call, given):
+    traced = make_fx(call, tracing_mode="fake")(*given)
+    (step,) = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert str(step).startswith("lp_patch.")
+    others = [x.flip(0) for x in given]
+    assert traced(*others).equal(call(*others))
+
+
+@calls
+def test_gradients_pass_by(name, call, given):
+    learning = [x.clone().requires_grad_(x.is_floating_point()) for x in given]
+    index = call(*learning)
+    assert not index.requires_grad
+    assert index.equal(call(*given))
+    take(learning[0], index).sum().backward()
+    assert learning[0].grad.count_nonzero() == index.numel() * FEATURES.shape[2]
+
+
+@calls
+def test_inference_mode_changes_nothing(name, call, given):
+    with torch.inference_mode():
+        assert call(*given).equal(call(*given))
+
+
+@calls
+@pytest.mark.parametrize("wide", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_changes_no_choice(monkeypatch, name, call, given, dtype, wide):
+    monkeypatch.setattr(select, "_wide", lambda features: wide)
+    # neighbours so close that products in half precision cannot tell them apart
+    features = 1 + 0.01 * torch.randn(2, 12, 64, generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", dtype=dtype):
+        got = call(features, *given[1:])
+    assert got.equal(call(features, *given[1:]))
+
+
+OPERATORS = [
+    (select._farthest_points, (FEATURES, NONE, 4)),
+    (select._farthest_points, (FEATURES, SEEDS, 4)),
+    (select._farthest_points, (FEATURES, SEEDS, 0)),
+    (select._covering_points, (FEATURES, SCORES, 6)),
+    (select._select_tokens, (FEATURES, SCORES, 6, 2)),
+    (select._select_tokens, (FEATURES.bfloat16(), None, 6, 6)),
+    (select._select_tokens, (FEATURES.clone().requires_grad_(), SCORES.clone().requires_grad_(), 6, 2)),
+]
+
+
+@pytest.mark.parametrize(("operator", "given"), OPERATORS)
+def test_opcheck(operator, given):
+    torch.library.opcheck(operator, given)
+
+
+# ------------------------------------------------------------------ the kernels, where they do not run
+
+
+def test_without_a_gpu_triton_is_not_asked():
+    assert select._kernels(torch.device("cpu")) is None
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it works")
+def test_a_triton_that_does_not_work_is_said_to():
+    pytest.importorskip("triton")
+    with pytest.warns(UserWarning, match="Triton is installed but does not work on cuda:0: AssertionError: Torch not"):
+        assert select._kernels.__wrapped__(torch.device("cuda", 0)) is None
+
+
+def test_a_build_without_triton_needs_no_warning(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert select._kernels.__wrapped__(torch.device("cuda", 0)) is None

@@ -13,15 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import attention_layer, farthest, rotate
 from test_lifecycle import inputs_for, snapshot
+from test_select import Seen
 from tiny import IMAGE, LAYERS, V5, VOCAB, N, batch, images, pre_encodes, tiny_llava, tokens
 from tiny_qwen import KINDS, tiny_qwen
 from tiny_qwen import batch as qwen_batch
 from tiny_qwen import prompt as qwen_prompt
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 import lp_patch
-from lp_patch import ConfigError, LearnablePruner, UnsupportedInputError, strategies
+from lp_patch import ConfigError, LearnablePruner, UnsupportedInputError, select, strategies
 from lp_patch.strategies import (
     SCORERS,
     TEXT_SCORERS,
@@ -122,6 +124,55 @@ def test_random_leaves_the_global_generator_alone():
     assert torch.get_rng_state().equal(before)
 
 
+@pytest.mark.parametrize("name", ["random", "uniform"])
+def test_scores_that_look_at_nothing_are_one_operator(name):
+    given = Stage1Input(torch.zeros(2, 50, 3), 7, seed=5)
+    with Seen() as seen:
+        got = SCORERS[name].score(given)
+    assert seen.names == [f"lp_patch.{name}_scores.default"]
+    traced = make_fx(lambda f: SCORERS[name].score(Stage1Input(f, 7, 5)), tracing_mode="fake")(given.features)
+    assert traced(given.features).equal(got)
+    got.zero_()  # whoever writes into them spoils no later ones
+    assert SCORERS[name].score(given).any()
+    operator = getattr(strategies.baselines, f"_{name}_scores")
+    torch.library.opcheck(operator, (given.features, 5))
+
+
+@pytest.mark.parametrize("name", ["random", "uniform"])
+def test_scores_that_look_at_nothing_hear_no_default(name, monkeypatch):
+    features, want = torch.zeros(2, 50, 3), scores(name, torch.zeros(2, 50, 3), 7)
+    strategies.baselines._draw.cache_clear()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.inference_mode():
+            got = scores(name, features, 7)
+    finally:
+        torch.set_default_dtype(before)
+    assert got.equal(want)
+    # what stays in store is a tensor like any other
+    assert not strategies.baselines._draw(50, 0, torch.device("cpu")).is_inference()
+
+
+@pytest.mark.parametrize("wide", [torch.float64, torch.float32])
+def test_products_are_exact_under_autocast(monkeypatch, wide):
+    monkeypatch.setattr(select, "_wide", lambda features: wide)
+    torch.manual_seed(0)
+    features, pruner = 1 + 0.05 * torch.randn(2, 36, 64), LearnablePruner(64, 16)
+    attention = torch.rand(2, 36), torch.rand(2, 36)
+    iwp = stage2_input(torch.randn(20, 4), torch.randn(1, 1, 20, 4), query=torch.randn(1, 1, 1, 4), keep=15)
+    calls = {
+        name: lambda s=s: (s.select or s.score)(Stage1Input(features, 20, 0, attention[: len(s.reads)], pruner))
+        for name, s in SCORERS.items()
+        if s.select or s.score
+    } | {name: lambda s=s: s.score(iwp) for name, s in TEXT_SCORERS.items()}
+    assert {"learned", "covering", "vispruner", "iwp", "text"} <= calls.keys()
+    for name, call in calls.items():
+        want = call()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert call().equal(want), name
+
+
 def test_learned_asks_the_pruner_and_cls_the_attention():
     torch.manual_seed(0)
     pruner = LearnablePruner(3, 8)
@@ -152,15 +203,42 @@ def test_a_pruner_that_would_be_ignored_is_refused(name):
         resolve_scorer(name, LearnablePruner(3, 8))
 
 
-@pytest.mark.parametrize("name", ["", "Learned", "text", "fastv"])
-def test_unknown_scorer(name):
-    with pytest.raises(ConfigError, match=f"unknown scorer '{name}'. Allowed: auto, {', '.join(sorted(SCORERS))}$"):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("", "."),
+        ("xyz", "."),
+        ("Learned", "; did you mean 'learned'?"),
+        ("learnt", "; did you mean 'learned'?"),
+        ("CLS", "; did you mean 'cls'?"),
+        ("AUTO", "; did you mean 'auto'?"),
+        ("divprune", "; did you mean 'diversity'?"),
+        ("LearnPruner", "; did you mean 'learned'?"),
+        ("fastv", ': it is a text_scorer, pass scorer="none", text_scorer="fastv".'),
+        ("FastV", ': it is a text_scorer, pass scorer="none", text_scorer="fastv".'),
+        ("text", ': it is a text_scorer, pass text_scorer="text".'),
+    ],
+)
+def test_unknown_scorer(name, hint):
+    message = f"unknown scorer {name!r}{hint} Allowed: auto, {', '.join(sorted(SCORERS))}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         resolve_scorer(name, None)
 
 
-@pytest.mark.parametrize("name", ["", "auto", "Text", "diversity"])
-def test_unknown_text_scorer(name):
-    with pytest.raises(ConfigError, match=f"unknown text_scorer '{name}'. Allowed: {', '.join(sorted(TEXT_SCORERS))}$"):
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("", "."),
+        ("auto", "."),
+        ("Text", "; did you mean 'text'?"),
+        ("fast-v", "; did you mean 'fastv'?"),
+        ("diversity", ': it is a scorer, pass scorer="diversity".'),
+        ("CLS", ': it is a scorer, pass scorer="cls".'),
+    ],
+)
+def test_unknown_text_scorer(name, hint):
+    message = f"unknown text_scorer {name!r}{hint} Allowed: {', '.join(sorted(TEXT_SCORERS))}"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
         resolve_text_scorer(name)
     assert resolve_text_scorer("text").weigh is text_query_weights
 

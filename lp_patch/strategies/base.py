@@ -1,5 +1,7 @@
 """What a strategy is, the catalogue by name, and how names resolve."""
 
+import difflib
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -173,7 +175,7 @@ def resolve_scorer(name: str, pruner: LearnablePruner | None) -> Scorer:
     if name == "auto":
         name = "learned" if pruner is not None else "diversity"
     if name not in SCORERS:
-        raise ConfigError(f"unknown scorer {name!r}. Allowed: auto, {', '.join(sorted(SCORERS))}")
+        raise ConfigError(_unknown(name, "scorer", SCORERS, "text_scorer", TEXT_SCORERS))
     scorer = SCORERS[name]
     if scorer.needs_pruner and pruner is None:
         raise ConfigError(f'scorer="{name}" needs trained weights: pass pruner=..., or scorer="diversity"')
@@ -185,5 +187,22 @@ def resolve_scorer(name: str, pruner: LearnablePruner | None) -> Scorer:
 def resolve_text_scorer(name: str) -> TextScorer:
     """The stage-2 strategy that `name` means."""
     if name not in TEXT_SCORERS:
-        raise ConfigError(f"unknown text_scorer {name!r}. Allowed: {', '.join(sorted(TEXT_SCORERS))}")
+        raise ConfigError(_unknown(name, "text_scorer", TEXT_SCORERS, "scorer", SCORERS))
     return TEXT_SCORERS[name]
+
+
+def _unknown(name: str, option: str, known: dict, other: str, others: dict) -> str:
+    """What to say of a name that is not `known` to `option`: the other option's, a method's own name, a near miss."""
+    lower = name.lower()
+    allowed = [*(["auto"] if option == "scorer" else []), *sorted(known)]
+    # sources begin with the method's own name: "DivPrune (2503.02175): ..."
+    papers = {key: re.match(r"([\w-]+) \(\d", known[key].source) for key in sorted(known, reverse=True)}
+    methods = {paper[1].lower(): key for key, paper in papers.items() if paper}
+    near = difflib.get_close_matches(lower, [*allowed, *methods], n=1)
+    hint = "."
+    if lower in others:
+        alone = 'scorer="none", ' if getattr(others[lower], "alone", False) else ""
+        hint = f': it is a {other}, pass {alone}{other}="{lower}".'
+    elif near:
+        hint = f"; did you mean {methods.get(near[0], near[0])!r}?"
+    return f"unknown {option} {name!r}{hint} Allowed: {', '.join(allowed)}"

@@ -18,6 +18,11 @@ def score(x: Stage2Input) -> Tensor:
 
     Tokens are chosen in chunks of 2, 4, 8, ... Reductions only lower what is left: the highest scores are the choice.
     """
+    with torch.autocast(x.query.device.type, enabled=False):
+        return _score(x)
+
+
+def _score(x: Stage2Input) -> Tensor:
     n_tokens = x.visual.shape[1]
     key, value = x.key[:, :, -n_tokens:].float(), x.value[:, :, -n_tokens:].float()
     query = (x.unrotated(x.query) * x.weights[:, None, :, None]).sum(dim=2)
