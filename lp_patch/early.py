@@ -51,7 +51,7 @@ class EarlyStage(Reader):
             return
         for reading in readings:
             asking = query[:, :, :1] if reading.of == "cls" else query
-            batch, _, length, _ = asking.shape
+            batch, length = asking.shape[0], asking.shape[2]
             weight = torch.full((batch, length), 1 / length, device=query.device)
             with torch.no_grad():
                 received = received_attention(asking, key, weight, scaling, causal=False)

@@ -130,8 +130,8 @@ class Engine(EarlyStage):
         if call.merged_outside and not call.features:
             self._warn(
                 "images were encoded outside the model's forward and this call brings inputs_embeds, into which they "
-                "may be merged: lp_patch cannot tell where, and prunes nothing. Give input_ids with pixel_values, or leave "
-                "the placeholders' embeddings in and pass the features as mm_encoder_outputs"
+                "may be merged: lp_patch cannot tell where, and prunes nothing. Give input_ids with pixel_values, or "
+                "leave the placeholders' embeddings in and pass the features as mm_encoder_outputs"
             )
         if embeds is not None and call.started and call.features:
             return self._prefill(call, args, kwargs)
