@@ -64,13 +64,13 @@ def first_cut(base: Tensor, holes: Tensor, chosen: Tensor | None, visual: Tensor
     return Cut(0, length, where, index, valid, [length - n for n in counts], seen if valid is None else seen & valid)
 
 
-def best_cut(start: int, last: Cut, scores: Tensor, wanted: Tensor, counts: list[int]) -> tuple[Cut, Tensor]:
+def best_cut(start: int, last: Cut, scores: Tensor, wanted: Tensor | int, counts: list[int]) -> tuple[Cut, Tensor]:
     """Stage 2: text and the best-scored visual tokens of each row; ties to the lowest index.
 
     Args:
         last: what the scored tokens came from.
         scores: (B, N) float.
-        wanted: (B, 1) int64, visual tokens that each row keeps.
+        wanted: visual tokens that each row keeps, (B, 1) int64, or one number for all.
         counts: all tokens that each row keeps.
 
     Returns:

@@ -136,7 +136,9 @@ class Forward:
                     f"decoder layer {index} computed no attention through transformers' AttentionInterface: stage 2 "
                     "has no scores. Set stage_ratio=1 to run stage 1 alone"
                 )
-            (wanted,) = upload([np.array(plan.stage2)[:, None]], last.where.device)
+            wanted: int | Tensor = plan.stage2[0]
+            if len(set(plan.stage2)) > 1:
+                (wanted,) = upload([np.array(plan.stage2)[:, None]], last.where.device)
             counts = [kept - survivors + stage2 for kept, survivors, stage2, _ in rows]
             scores = self.scores.to(last.where.device)
             cut, chosen = best_cut(index, last, scores, wanted, counts)
@@ -144,9 +146,12 @@ class Forward:
             self.cuts.append(cut)
             last = cut
         if index == shape.wipe_layer and any(plan.wiped):
-            wiped = torch.tensor(plan.wiped, device=last.where.device)[:, None]
+            keep = ~last.visual
+            if not all(plan.wiped):
+                (whole,) = upload([1 - np.array(plan.wiped)[:, None].astype(np.int64)], last.where.device)
+                keep = keep | whole.bool()
             counts = [kept - survivors + (0 if wipe else stage2) for kept, survivors, stage2, wipe in rows]
-            self.cuts.append(keep_cut(index, last, ~(last.visual & wiped), counts))
+            self.cuts.append(keep_cut(index, last, keep, counts))
 
     def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         """Layer k's rotated query (B, H, N, D) and key, and value (B, KV, P + N, D): scores of its N tokens."""
@@ -177,17 +182,15 @@ class Forward:
             self._rotary[key] = tuple(take_rows(x, index) for x in rotary)
         return self._rotary[key]
 
-    def ids_of(self, cut: Cut) -> Tensor:
-        """(B, N) or (1, N) position ids for a layer of this cut.
+    def ids_of(self, cut: Cut) -> Tensor | None:
+        """(B, N) position ids for a layer of this cut that computes with them, else None.
 
-        Contiguous ones, but for layers that compute with them: FlashAttention takes a gap for a packed sequence.
+        FlashAttention takes a gap in them for a packed sequence, and asks the device for one in every layer.
         """
+        if self.true_ids is None:
+            return None
         if cut.start not in self._ids:
-            self._ids[cut.start] = (
-                torch.arange(cut.length, device=cut.where.device)[None]
-                if self.true_ids is None
-                else self.true_ids.expand(len(cut.where), -1).gather(1, cut.where.clamp(min=0))
-            )
+            self._ids[cut.start] = self.true_ids.expand(len(cut.where), -1).gather(1, cut.where.clamp(min=0))
         return self._ids[cut.start]
 
 

@@ -194,7 +194,7 @@ class Reader(Asking):
         encoding = call.encoding = Encoding(arguments_of(wrapped, args, kwargs))
         self.encoding_starts(encoding)
         try:
-            output = wrapped(*args, **kwargs)
+            output = self.encode(encoding, wrapped, args, kwargs)
         finally:
             call.encoding = None
         features = encoded_features(output)
@@ -212,6 +212,10 @@ class Reader(Asking):
                 setattr(features, CHOSEN, encoding.chosen)
             self.state.local.encoded = encoding
         return output
+
+    def encode(self, encoding: Encoding, wrapped: Callable, args: tuple, kwargs: dict) -> Any:
+        """Call the method that encodes."""
+        return wrapped(*args, **kwargs)
 
     def encoding_starts(self, encoding: Encoding) -> None:
         """Images are about to be encoded: note which rows of the projector's input belong to which."""
