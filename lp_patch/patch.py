@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .compat import merging_module
 from .config import PruningConfig, make_config
 from .engine import Engine
+from .graphs import CompiledEngine
 from .install import Installation, forget_compiled, owner, unhook
 from .pruner import WEIGHTS_FILE, LearnablePruner, find_pruner, resolve_pruner
 from .registry import Parts, find_parts, unwrap
@@ -22,11 +23,11 @@ from .trace import Trace
 class Patch:
     """A patched model's handle: what was asked for, what was done, and the way back."""
 
-    def __init__(self, parts: Parts, settings: Settings) -> None:
+    def __init__(self, parts: Parts, settings: Settings, compile: bool = False) -> None:
         self.config = settings.config
         self._parts = parts
         self._settings = settings
-        self._engine = Engine(parts, settings)
+        self._engine = (CompiledEngine if compile else Engine)(parts, settings)
         self._engine.patch = self
         self._installation = Installation()
 
@@ -112,6 +113,7 @@ def apply(
     config: PruningConfig | str | Path | None = None,
     *,
     pruner: LearnablePruner | str | Path | None = None,
+    compile: bool = False,
     **options: Any,
 ) -> Patch:
     """Prune the visual tokens of this model from now on, in place. An earlier patch of ours on it is replaced.
@@ -126,6 +128,10 @@ def apply(
             checkpoint, which is the folder ``lp_patch_pruner`` inside a local one, or a
             `lp_patch.pruner.KNOWN_PRUNERS` entry; without one "auto" is training-free. A settings folder without a
             pruner means none.
+        compile: run the prefill in captured regions (CUDA graphs), where the host takes longer than the device: short
+            prompts, batch 1. Each shape is captured at its first call, which takes about as long as five others; at
+            most eight are kept, in memory of their own (`Patch.captured`). What does not fit (batches, padding,
+            gradients) runs as without it, and says so once.
         options: fields of `PruningConfig`; they override `config`.
 
     Returns:
@@ -149,7 +155,7 @@ def apply(
         module = find_pruner(parts.model.config, parts.width)
     else:
         module = resolve_pruner(pruner, parts.width, parts.model.config)
-    patch = Patch(parts, resolve(parts, settings, module))
+    patch = Patch(parts, resolve(parts, settings, module), compile)
     earlier = _find(model)
     if earlier is not None:
         earlier.remove()
@@ -175,10 +181,11 @@ def applied(
     config: PruningConfig | str | Path | None = None,
     *,
     pruner: LearnablePruner | str | Path | None = None,
+    compile: bool = False,
     **options: Any,
 ) -> Iterator[Patch]:
     """`apply` for the length of a with block; removed at its end, exceptions included."""
-    patch = apply(model, config, pruner=pruner, **options)
+    patch = apply(model, config, pruner=pruner, compile=compile, **options)
     try:
         yield patch
     finally:
