@@ -126,15 +126,16 @@ class Gate(Vision):
 
 @dataclass
 class GatedOutput(ModelOutput):
-    """What a forward of `GatedModel` returns: scalars, but for `earlier`.
+    """What a forward of `GatedModel` returns: scalars, but for `earlier`; `loss` and `opened` carry gradients.
 
     Attributes:
         loss: to be minimised: task_loss + budget_loss, or task_loss alone where more parts of the step follow.
         task_loss: mean over `targets` positions, or their share of a larger mean.
         budget_loss: ``weight * (kept - tau) ** 2``.
-        kept: share of the visual tokens that are kept, of all the step's parts so far.
+        kept: share of the visual tokens that are kept, of all the step's parts so far: opened / tokens.
         targets: how many positions this forward's task counts.
-        tokens: how many visual tokens `kept` is of.
+        opened: how many visual tokens are kept, of all the step's parts so far.
+        tokens: of how many.
         earlier: (2 + P,) for the step's next part: kept tokens, all tokens, and the gradient of the first for each of
             the pruner's P weights that train.
     """
@@ -144,6 +145,7 @@ class GatedOutput(ModelOutput):
     budget_loss: Tensor | None = None
     kept: Tensor | None = None
     targets: Tensor | None = None
+    opened: Tensor | None = None
     tokens: Tensor | None = None
     earlier: Tensor | None = None
 
@@ -299,10 +301,11 @@ class GatedModel(nn.Module):
         budget = self.weight * (kept - self.tau) ** 2
         return GatedOutput(
             loss=task if part else task + budget,
-            task_loss=task,
-            budget_loss=budget,
-            kept=kept,
+            task_loss=task.detach(),
+            budget_loss=budget.detach(),
+            kept=kept.detach(),
             targets=targets,
+            opened=opened,
             tokens=tokens,
             earlier=self._handed_on(opened, tokens) if part else None,
         )

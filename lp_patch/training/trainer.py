@@ -97,15 +97,15 @@ class PrunerTrainer(Trainer):
     ) -> Any:
         """A part's share of the step's loss; the last part brings the budget of all, on all devices."""
         last = self.accelerator.sync_gradients
-        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, part=not last, earlier=self._earlier)
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch, part=True, earlier=self._earlier)
         self._earlier = outputs.earlier
         # Trainer divides the loss by the parts unless it counted positions, and takes the mean over devices
-        task, parts = outputs.task_loss, 1
+        task, parts = outputs.loss, 1
         if num_items_in_batch is None:
             parts = self.current_gradient_accumulation_steps
         elif self.args.average_tokens_across_devices:
             task = task * self.accelerator.num_processes
-        budget, kept = self._budget(outputs) if last else outputs.kept.new_zeros(2)
+        budget, kept = self._budget(outputs.opened, outputs.tokens) if last else outputs.kept.new_zeros(2)
         loss = task + parts * budget
         if self.accelerator.scaler is None and not loss.isfinite():  # a scaler leaves such a step out
             raise UnsupportedInputError(
@@ -116,14 +116,14 @@ class PrunerTrainer(Trainer):
         self._noted.append(torch.stack(noted))
         return (loss, outputs) if return_outputs else loss
 
-    def _budget(self, outputs: Any) -> tuple[Tensor, Tensor]:
+    def _budget(self, opened: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The budget term of a whole step, and the share of visual tokens that it keeps."""
-        gated, own, tokens = self._gated(), outputs.kept, outputs.tokens
-        opened, all_tokens = self.accelerator.reduce(torch.stack([own.detach() * tokens, tokens]), "sum")
-        kept = opened / all_tokens
-        # the mean over devices that follows leaves each device's tokens their share of all
-        slope = 2 * (kept - gated.tau) * self.accelerator.num_processes * tokens / all_tokens
-        return gated.weight * ((kept - gated.tau) ** 2 + slope * (own - own.detach())), kept
+        gated = self._gated()
+        all_opened, all_tokens = self.accelerator.reduce(torch.stack([opened.detach(), tokens]), "sum")
+        kept = all_opened / all_tokens
+        # the square's gradient for this device's tokens, times the devices that gradients are then divided by
+        slope = 2 * (kept - gated.tau) * self.accelerator.num_processes / all_tokens
+        return gated.weight * ((kept - gated.tau) ** 2 + slope * (opened - opened.detach())), kept
 
     def _usable(self, batch: dict) -> dict:
         """A batch, or in place of one that nothing can be learned from the one before."""
@@ -150,7 +150,7 @@ class PrunerTrainer(Trainer):
         batch = self._prepare_inputs(usable or self._before or self._found())
         with torch.no_grad(), self.compute_loss_context_manager():
             out = model(**batch)
-        sums = torch.stack([out.task_loss.float() * out.targets, out.targets, out.kept * out.tokens, out.tokens])
+        sums = torch.stack([out.task_loss.float() * out.targets, out.targets, out.opened, out.tokens])
         self._evaluated.append(torch.cat([sums * (usable is not None), sums.new_tensor([len(faults)])]))
         return out.loss.detach(), None, None
 
