@@ -391,12 +391,16 @@ def example(*options, processes=1):
 
 def test_the_example_under_torchrun_with_two_processes(tmp_path, data):
     out = tmp_path / "pruner"
+    (data.parent / "3.png").unlink()
     options = [data, "--output", out, "--share", 1, "--batch", 2, "--dtype", "float32", "--workers", 0]
     printed = example(*options, "--steps", 2, "--save-steps", 1, processes=2)
     assert "8 samples (1 without an image skipped)" in printed
     state = json.loads((out / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["epoch"] == pytest.approx(1.0), "two processes of two samples take eight in two steps"
-    LearnablePruner.from_pretrained(out)
+    assert "left out of training, sample 4: '3.png' cannot be opened" in printed
+    assert "1 samples were left out of training" in printed
+    info = LearnablePruner.from_pretrained(out).training_info
+    assert (info["samples"], info["skipped"]) == (7, 1)
     # the same command goes on
     example(*options, "--steps", 3, "--save-steps", 1, "--objective", "distill", processes=1)
     assert (out / "checkpoints" / "checkpoint-3").is_dir()
