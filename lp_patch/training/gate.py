@@ -126,15 +126,15 @@ class Gate(Vision):
 
 @dataclass
 class GatedOutput(ModelOutput):
-    """What a forward of `GatedModel` returns: scalars, but for `earlier`; `loss` and `opened` carry gradients.
+    """What a forward of `GatedModel` returns: scalars, but for `earlier`; `loss` and `kept_tokens` carry gradients.
 
     Attributes:
         loss: to be minimised: task_loss + budget_loss, or task_loss alone where more parts of the step follow.
         task_loss: mean over `targets` positions, or their share of a larger mean.
         budget_loss: ``weight * (kept - tau) ** 2``.
-        kept: share of the visual tokens that are kept, of all the step's parts so far: opened / tokens.
+        kept: share of the visual tokens that are kept, of all the step's parts so far.
         targets: how many positions this forward's task counts.
-        opened: how many visual tokens are kept, of all the step's parts so far.
+        kept_tokens: how many these are.
         tokens: of how many.
         earlier: (2 + P,) for the step's next part: kept tokens, all tokens, and the gradient of the first for each of
             the pruner's P weights that train.
@@ -145,7 +145,7 @@ class GatedOutput(ModelOutput):
     budget_loss: Tensor | None = None
     kept: Tensor | None = None
     targets: Tensor | None = None
-    opened: Tensor | None = None
+    kept_tokens: Tensor | None = None
     tokens: Tensor | None = None
     earlier: Tensor | None = None
 
@@ -204,6 +204,8 @@ class GatedModel(nn.Module):
         if not hasattr(model, "peft_config") and any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError("the base model would train as well: freeze it with model.requires_grad_(False)")
         parts = find_parts(model)
+        if objective == "distill" and parts.adapter.merge is not None:
+            raise ConfigError(f'{parts.adapter.family} grows its prompts, so labels do not lie on logits: use "ntp"')
         self.model = model
         self.pruner = resolve_pruner(pruner, parts.width, parts.model.config) or new_pruner(parts.width)
         self.objective, self.weight, self.tau = objective, weight, tau
@@ -296,8 +298,8 @@ class GatedModel(nn.Module):
         task, targets = divergence(out.logits, teacher, asked) if distill else out.loss, asked.sum()
         if num_items_in_batch is not None:
             task = task * (targets / num_items_in_batch)
-        opened, tokens = self._opened(labels, earlier)
-        kept = opened / tokens
+        kept_tokens, tokens = self._counted(labels, earlier)
+        kept = kept_tokens / tokens
         budget = self.weight * (kept - self.tau) ** 2
         return GatedOutput(
             loss=task if part else task + budget,
@@ -305,34 +307,36 @@ class GatedModel(nn.Module):
             budget_loss=budget.detach(),
             kept=kept.detach(),
             targets=targets,
-            opened=opened,
+            kept_tokens=kept_tokens,
             tokens=tokens,
-            earlier=self._handed_on(opened, tokens) if part else None,
+            earlier=self._handed_on(kept_tokens, tokens) if part else None,
         )
 
-    def _opened(self, labels: Tensor | None, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _counted(self, labels: Tensor | None, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
         """Kept tokens, with their gradient, and all tokens: of rows with a label, and of the parts before."""
         mask, visual = self._gate.mask, self._gate.visual
         assert mask is not None and visual is not None  # the forward has seen images, or raised
         if labels is not None:
             taught = (labels[:, 1:] != IGNORED).any(dim=1).to(visual.device)
             mask = mask[taught[visual.nonzero()[:, 0]]]
-        opened, tokens = mask.sum(), mask.new_tensor(len(mask))
+        kept_tokens, tokens = mask.sum(), mask.new_tensor(len(mask))
         if earlier is not None:
-            opened, tokens = opened + earlier[0], tokens + earlier[1]
+            earlier = earlier.to(mask.device)
+            kept_tokens, tokens = kept_tokens + earlier[0], tokens + earlier[1]
             if weights := self._weights():
                 # zero, with the gradient of the parts before
-                vector = parameters_to_vector(weights)
-                opened = opened + (vector - vector.detach()) @ earlier[2:].to(vector.dtype)
-        return opened, tokens
+                vector = parameters_to_vector(weights).to(earlier)
+                kept_tokens = kept_tokens + (vector - vector.detach()) @ earlier[2:]
+        return kept_tokens, tokens
 
-    def _handed_on(self, opened: Tensor, tokens: Tensor) -> Tensor:
+    def _handed_on(self, kept_tokens: Tensor, tokens: Tensor) -> Tensor:
         """What the step's next part needs to know: (2 + P,)."""
-        summed = torch.stack([opened.detach(), tokens])
+        counts = torch.stack([kept_tokens.detach(), tokens])
         if not (weights := self._weights()):
-            return summed
+            return counts
         # through the pruner alone, whose graph the loss goes through once more
-        return torch.cat([summed, parameters_to_vector(torch.autograd.grad(opened, weights, retain_graph=True))])
+        slopes = torch.autograd.grad(kept_tokens, weights, retain_graph=True)
+        return torch.cat([counts, parameters_to_vector(slopes).to(counts.device)])
 
     def _weights(self) -> list[nn.Parameter]:
         """The pruner's weights that train."""

@@ -105,7 +105,7 @@ class PrunerTrainer(Trainer):
             parts = self.current_gradient_accumulation_steps
         elif self.args.average_tokens_across_devices:
             task = task * self.accelerator.num_processes
-        budget, kept = self._budget(outputs.opened, outputs.tokens) if last else outputs.kept.new_zeros(2)
+        budget, kept = self._budget(outputs.kept_tokens, outputs.tokens) if last else outputs.kept.new_zeros(2)
         loss = task + parts * budget
         if self.accelerator.scaler is None and not loss.isfinite():  # a scaler leaves such a step out
             raise UnsupportedInputError(
@@ -116,14 +116,14 @@ class PrunerTrainer(Trainer):
         self._noted.append(torch.stack(noted))
         return (loss, outputs) if return_outputs else loss
 
-    def _budget(self, opened: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def _budget(self, kept_tokens: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """The budget term of a whole step, and the share of visual tokens that it keeps."""
         gated = self._gated()
-        all_opened, all_tokens = self.accelerator.reduce(torch.stack([opened.detach(), tokens]), "sum")
-        kept = all_opened / all_tokens
+        all_kept, all_tokens = self.accelerator.reduce(torch.stack([kept_tokens.detach(), tokens]), "sum")
+        kept = all_kept / all_tokens
         # the square's gradient for this device's tokens, times the devices that gradients are then divided by
         slope = 2 * (kept - gated.tau) * self.accelerator.num_processes / all_tokens
-        return gated.weight * ((kept - gated.tau) ** 2 + slope * (opened - opened.detach())), kept
+        return gated.weight * ((kept - gated.tau) ** 2 + slope * (kept_tokens - kept_tokens.detach())), kept
 
     def _usable(self, batch: dict) -> dict:
         """A batch, or in place of one that nothing can be learned from the one before."""
@@ -150,7 +150,7 @@ class PrunerTrainer(Trainer):
         batch = self._prepare_inputs(usable or self._before or self._found())
         with torch.no_grad(), self.compute_loss_context_manager():
             out = model(**batch)
-        sums = torch.stack([out.task_loss.float() * out.targets, out.targets, out.opened, out.tokens])
+        sums = torch.stack([out.task_loss.float() * out.targets, out.targets, out.kept_tokens, out.tokens])
         self._evaluated.append(torch.cat([sums * (usable is not None), sums.new_tensor([len(faults)])]))
         return out.loss.detach(), None, None
 
@@ -165,13 +165,13 @@ class PrunerTrainer(Trainer):
         """Adds the losses of the data set as a whole, as of one batch."""
         self._evaluated.clear()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        task, targets, opened, tokens, skipped = self.accelerator.reduce(
+        task, targets, kept, tokens, skipped = self.accelerator.reduce(
             torch.stack(self._evaluated).double().sum(dim=0), "sum"
         ).tolist()
         gated = self._gated()
         if not tokens:
             raise UnsupportedInputError("nothing can be learned from any sample of the evaluation's data")
-        found = {"task_loss": task / targets, "kept": opened / tokens, "skipped": int(skipped)}
+        found = {"task_loss": task / targets, "kept": kept / tokens, "skipped": int(skipped)}
         found["budget_loss"] = gated.weight * (found["kept"] - gated.tau) ** 2
         found["loss"] = found["task_loss"] + found["budget_loss"]
         cast(dict, output.metrics).update({f"{metric_key_prefix}_{name}": value for name, value in found.items()})
