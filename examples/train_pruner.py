@@ -36,14 +36,21 @@ def options() -> argparse.Namespace:
     parser.add_argument("--tau", type=float, default=0.0, help="share of tokens that costs nothing (paper: 0)")
     parser.add_argument("--difference", action="store_true", help="the gate's gradient as a difference, bounded (ours)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch", type=int, default=8, help="samples a device and step")
-    parser.add_argument("--accumulate", type=int, default=1, help="steps an update (paper-like: batch x this = 64)")
+    parser.add_argument("--batch", type=int, default=8, help="samples a device at once")
+    parser.add_argument(
+        "--accumulate",
+        type=int,
+        default=1,
+        help="batches a step, equal to a larger batch (paper-like: 64 samples a step)",
+    )
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--steps", type=int, default=-1, help="updates (default: one epoch of the share)")
     parser.add_argument(
         "--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16", help="of the base model"
     )
-    parser.add_argument("--max-length", type=int, help="cut prompts to so many tokens")
+    parser.add_argument(
+        "--max-length", type=int, help="cut conversations to so many tokens; one without answers is skipped"
+    )
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing: less memory, more time")
     parser.add_argument("--pruner", help="start from this pruner: a folder or Hub id")
     parser.add_argument("--lora-rank", type=int, default=0, help="heal the language model with LoRA of this rank")
@@ -106,7 +113,8 @@ def main() -> None:
     )
     checkpoints = args.output / "checkpoints"
     trainer.train(resume_from_checkpoint=get_last_checkpoint(checkpoints) if checkpoints.is_dir() else None)
-    gated.pruner.training_info["samples"] = round(trainer.state.epoch * len(dataset))
+    gated.pruner.training_info["samples"] = round(trainer.state.epoch * len(dataset)) - trainer.skipped
+    gated.pruner.training_info["skipped"] = trainer.skipped
     trainer.save_model(args.output)
 
 

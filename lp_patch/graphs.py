@@ -43,6 +43,7 @@ _KNOWN = {
     "use_cache",
     "cache_position",
     KEY,
+    "logits_to_keep",  # of the whole model; some hand it on
 }
 _FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
 

@@ -146,6 +146,80 @@ def test_checkpointed_layers_give_the_same_gradients():
         training.activation_checkpointing_enable({"use_reentrant": True})
 
 
+def test_a_step_in_parts_has_the_gradient_of_the_whole():
+    """Parts with other numbers of images and answers, so that no mean of means is right."""
+    training = gated(weight=5.0, tau=0.1)
+    whole = inputs()
+    parts = [inputs(ROWS[:1]), inputs(ROWS[1:2]), inputs(ROWS[2:])]
+    for part, first in zip(parts, (0, 1, 3), strict=True):
+        part["pixel_values"] = whole["pixel_values"][first : first + len(part["pixel_values"])]
+    parts[1]["labels"][:, ::2] = -100
+    whole["labels"][1, : parts[1]["labels"].shape[1]] = parts[1]["labels"][0]
+    want = training(**whole)
+    want.loss.backward()
+    expected = [p.grad for p in training.pruner.parameters()]
+    items = (whole["labels"][:, 1:] != -100).sum()
+    for frozen in (False, True):
+        training.zero_grad()
+        training.pruner.fc1.requires_grad_(not frozen)
+        outputs, earlier = [], None
+        for number, part in enumerate(parts, 1):
+            outputs.append(training(**part, num_items_in_batch=items, part=number < len(parts), earlier=earlier))
+            outputs[-1].loss.backward()
+            earlier = outputs[-1].earlier
+        for (name, p), value in zip(training.pruner.named_parameters(), expected, strict=True):
+            if frozen and name.startswith("fc1"):
+                assert p.grad is None
+            else:
+                torch.testing.assert_close(p.grad, value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(sum(out.loss for out in outputs), want.loss, **CLOSE)
+        torch.testing.assert_close(outputs[-1].kept, want.kept, **CLOSE)
+        assert all(abs(float(out.kept) - float(want.kept)) > 0.005 for out in outputs[:-1]), "the parts are all alike"
+
+
+def test_a_pruner_that_does_not_train_has_nothing_to_hand_on():
+    training = gated()
+    training.pruner.requires_grad_(False)
+    whole, parts = inputs(ROWS[:2], labels=True), [inputs(ROWS[:1]), inputs(ROWS[1:2])]
+    parts[1]["pixel_values"] = whole["pixel_values"][1:]
+    first = training(**parts[0], part=True)
+    last = training(**parts[1], earlier=first.earlier)
+    torch.testing.assert_close(last.kept, training(**whole).kept)
+
+
+@pytest.mark.parametrize("objective", ["ntp", "distill"])
+def test_rows_without_a_label_take_no_part(objective):
+    """The budget alone would only close their tokens."""
+    training = gated(objective=objective)
+    given, alone = inputs(ROWS), inputs(ROWS[:1])
+    given["labels"][1:] = -100
+    want, got = training(**alone), training(**given)
+    for name in ("loss", "task_loss", "budget_loss", "kept", "tokens", "targets"):
+        torch.testing.assert_close(got[name], want[name], **CLOSE)
+    given["labels"][0, 1:] = -100  # what is left, the first, is predicted by nothing
+    with pytest.raises(UnsupportedInputError, match="every label"):
+        training(**given)
+    with pytest.raises(UnsupportedInputError, match="sample 7: no answer"):
+        training(skipped=["sample 7: no answer"])
+
+
+@pytest.mark.parametrize("rows", [(ROWS[:1], ROWS[1:]), (ROWS[:1], [tokens(3, "image", 9, seed=5)])])
+def test_two_forwards_before_one_backward(rows):
+    """A layer that runs again in the backward pass needs the gate of its own forward, not of the latest one."""
+    batches = [inputs(part) for part in rows]
+    batches[1]["pixel_values"] = batches[1]["pixel_values"].flip(-1)
+    training = gated().train()
+    training.activation_checkpointing_enable()
+    training.train()
+    for given in batches:  # each alone: gradients add up
+        training(**given).loss.backward()
+    want = [p.grad for p in training.pruner.parameters()]
+    training.zero_grad()
+    sum(training(**given).loss for given in batches).backward()
+    for got, expected in zip([p.grad for p in training.pruner.parameters()], want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_lora_heals_with_the_pruner():
     from peft import LoraConfig, get_peft_model
 

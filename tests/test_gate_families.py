@@ -7,6 +7,7 @@ from masked import masked_logits, merged
 from test_gate import halving
 from test_lifecycle import snapshot
 
+from lp_patch import ConfigError
 from lp_patch.training import GatedModel
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}  # norms and rotary angles are float32
@@ -56,3 +57,9 @@ def test_a_hard_gate_gives_what_removal_gives(family, attention):
     assert leftovers(model) == before
     left = given["attention_mask"].bool() & ~gone
     torch.testing.assert_close(got[left], want[left], **CLOSE)
+
+
+def test_prompts_that_grow_cannot_be_distilled():
+    model, _ = make("llava_llama")
+    with pytest.raises(ConfigError, match="grows its prompts"):
+        GatedModel(model.requires_grad_(False), objective="distill")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -128,8 +129,9 @@ def test_a_prompt_without_an_answer_has_no_labels(processor):
     batch = ConversationCollator(processor)([sample])
     assert "labels" not in batch
     assert processor.tokenizer.decode(batch["input_ids"][0]).endswith("assistant :")
-    cut = ConversationCollator(processor, max_length=580)([sample])
-    assert cut["input_ids"].shape == (1, 580) == cut["attention_mask"].shape
+    with pytest.warns(UserWarning, match="a sample: a prompt of 586 tokens, longer than max_length=580"):
+        cut = ConversationCollator(processor, max_length=580)([sample])
+    assert list(cut) == ["skipped"], "what a prompt asks stands at its end"
 
 
 def test_pixels_have_the_dtype_asked_for(data, processor):
@@ -154,14 +156,170 @@ def test_wrong_data_is_refused(data, tmp_path, processor):
         ConversationDataset(written([{"image": ["a", "b"], "conversations": [turn]}]))[0]
     with pytest.raises(UnsupportedInputError, match="'robot'"):
         ConversationDataset(written([{"image": "a", "conversations": [{"from": "robot", "value": ""}]}]))[0]
-    late = [{"role": role, "content": [{"type": kind, "text": "cat"}]} for role, kind in (
-        ("user", "text"), ("assistant", "text"), ("user", "image"), ("assistant", "text"))]  # fmt: skip
-    with pytest.raises(UnsupportedInputError, match="after the first answer"):
-        ConversationCollator(processor)([{"messages": late, "images": []}])
     bare = AutoProcessor.from_pretrained(MODEL)
     bare.chat_template = None
     with pytest.raises(ValueError, match="chat template"):
         ConversationCollator(bare)
+
+
+# ------------------------------------------------------------------ what nothing can be learned from
+
+
+def conversation(*texts, images=1, name=None):
+    """A sample as a dataset gives it: turns of a user and an assistant, pictures before the first."""
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": [{"type": "image"}] * (images * (i == 0)) + said(text)}
+        for i, text in enumerate(texts)
+    ]
+    pictures = [Image.new("RGB", (336, 336), (40 * i, 0, 0)) for i in range(images)]
+    return {"messages": messages, "images": pictures, **({"name": name} if name else {})}
+
+
+def said(text):
+    return [{"type": "text", "text": text}] if text else []
+
+
+SOUND = [conversation(question, answer) for question, answer in QUESTIONS[:2]]
+LONG = 600  # tokens, where the SOUND take less
+
+
+def endless(processor):
+    """The processor with a template that puts no mark at the end of an answer."""
+    assert "eos_token" in processor.chat_template or "</s>" in processor.chat_template
+    processor.chat_template = (
+        "{% for m in messages %}{{ m['role'] }} : {% for p in m['content'] %}"
+        "{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}{% endif %}{% endfor %} {% endfor %}"
+        "{% if add_generation_prompt %}assistant : {% endif %}"
+    )
+    return processor
+
+
+def odd_template(processor):
+    """The processor with a template that takes turns strictly."""
+    check = "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('no') }}"
+    processor.chat_template = check + "{% endif %}{% endfor %}" + processor.chat_template
+    return processor
+
+
+class Rewriting:
+    """A processor that changes some texts before it reads them."""
+
+    def __init__(self, processor):
+        self.chat_template, self.tokenizer = processor.chat_template, processor.tokenizer
+        self.apply_chat_template, self._call = processor.apply_chat_template, processor
+
+    def __call__(self, text, **options):
+        return self._call(text=[x.replace("dog", "dog cat") for x in text], **options)
+
+
+FAULTY = {
+    "empty answer, no end mark": (conversation("Where is the cat?", "", name="X"), endless, "no token of an answer"),
+    "an answer that is cut off": (conversation("cat " * 60, "red", name="X"), None, r"before max_length=600 \(of 6.."),
+    "a cut through the pictures": (conversation("cat", "red", images=2, name="X"), None, "before max_length=600"),
+    "a picture that is missing": ({"name": "X", "fault": "'a.png' cannot be opened"}, None, "'a.png' cannot be opened"),
+    "no turns": ({"name": "X", "messages": [], "images": []}, None, "no turns"),
+    "a late picture": (
+        {**conversation("cat", "red"), "messages": [*conversation("cat", "red")["messages"], *SOUND[0]["messages"]],
+         "images": [*SOUND[0]["images"] * 2], "name": "X"}, None, "in or after the first answer"),
+    "a picture in an answer": (
+        {"messages": [{"role": "user", "content": said("cat")}, {"role": "assistant", "content": [{"type": "image"}]}],
+         "images": SOUND[0]["images"], "name": "X"}, None, "in or after the first answer"),
+    "an answer without a question": (
+        {**conversation("cat", "red"), "messages": conversation("cat", "red")["messages"][1:], "name": "X"},
+        None, "the chat template fails, IndexError"),
+    "a mark in a text": (conversation("<image> cat", "red", name="X"), None, "the processor fails, "),
+    "a text that is read otherwise": (conversation("cat", "a dog", name="X"), Rewriting, "make other tokens"),
+    "two turns of one side": (
+        {**conversation("cat", "red", "dog", "2"), "messages": [
+            m for i, m in enumerate(conversation("cat", "red", "dog", "2")["messages"]) if i != 1], "name": "X"},
+        odd_template, "the chat template fails, TemplateError"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FAULTY)
+def test_a_sample_that_teaches_nothing_is_left_out_of_its_batch_and_named(case):
+    sample, changed, reason = FAULTY[case]
+    processor = AutoProcessor.from_pretrained(MODEL)
+    collate = ConversationCollator(changed(processor) if changed else processor, max_length=LONG)
+    with pytest.warns(UserWarning, match=f"X: .*{reason}"):
+        mixed = collate([SOUND[0], sample, SOUND[1]])
+    (named,) = mixed.pop("skipped")
+    assert named.startswith("X: ") and re.search(reason, named)
+    want = collate(SOUND)
+    assert mixed.keys() == want.keys()
+    assert all(torch.equal(mixed[key], want[key]) for key in want)
+    with pytest.warns(UserWarning):
+        alone = collate([sample])
+    assert alone == {"skipped": [named]}
+
+
+def test_an_answer_that_is_cut_in_the_middle_is_learned_up_to_there(processor):
+    sample = conversation("Where is the cat?", "cat " * 60)
+    whole = ConversationCollator(processor)([sample])
+    cut = ConversationCollator(processor, max_length=LONG)([sample, SOUND[0]])
+    assert cut["input_ids"].shape[1] == LONG
+    assert torch.equal(cut["labels"][0], whole["labels"][0, :LONG]) and (cut["labels"][0] >= 0).sum() > 5
+
+
+def test_an_empty_answer_beside_another_is_no_fault():
+    sample = conversation("Where is the cat?", "", "Where is the dog?", "top left")
+    labels = ConversationCollator(endless(AutoProcessor.from_pretrained(MODEL)))([sample])["labels"]
+    decode = AutoProcessor.from_pretrained(MODEL).tokenizer.decode
+    assert decode(labels[labels >= 0]).replace(" ", "") == "topleft"
+
+
+def test_batches_that_cannot_be_made_of_sound_samples_are_an_error(processor):
+    with pytest.raises(UnsupportedInputError, match="with and without answers"):
+        ConversationCollator(processor)([SOUND[0], conversation("Where is the cat?")])
+
+
+def test_a_file_tells_which_samples_teach_nothing(data):
+    def turns(*values):
+        return [{"from": ("human", "gpt")[i % 2], "value": value} for i, value in enumerate(values)]
+
+    sound = json.loads(data.read_text())
+    faulty = [
+        {"image": "0.png", "conversations": []},
+        {"image": "0.png", "conversations": None},
+        {"image": "0.png", "conversations": ["Hello"]},
+        {"image": "0.png", "conversations": [{"from": "robot", "value": "<image>"}]},
+        {"image": "0.png", "conversations": turns("<image>", None)},
+        {"image": "0.png", "conversations": turns("<image> who?", "a <image>")},
+        {"image": "0.png", "conversations": turns("no mark", "yes")},
+        {"image": [7], "conversations": turns("<image> what?", "yes")},
+        {"image": "0.png", "conversations": turns("<image> what?", " ")},
+        {"id": "last", "image": "0.png", "conversations": turns("<image> what?")},
+    ]
+    data.write_text(json.dumps([*sound, *faulty]))
+    with pytest.warns(UserWarning, match=r"10 of the 18 .* left out: sample 9: it has no turns; .*; and 7 more"):
+        dataset = ConversationDataset(data)
+    assert len(dataset) == 8 and dataset.skipped == 1 and len(dataset.faulty) == 10
+    assert [fault.split(":")[0] for fault in dataset.faulty][-2:] == ["sample 17", "sample 18 (id 'last')"]
+    assert dataset.faulty[-1].endswith("it has no answer") and dataset.faulty[-2].endswith("it has no answer")
+    data.write_text(json.dumps(faulty))
+    with pytest.raises(UnsupportedInputError, match="none of the 10 samples"):
+        ConversationDataset(data)
+
+
+def test_a_file_without_any_answer_is_of_prompts(data, processor):
+    prompts = [{**x, "conversations": x["conversations"][:1]} for x in json.loads(data.read_text())]
+    data.write_text(json.dumps(prompts))
+    dataset = ConversationDataset(data)
+    assert len(dataset) == 8 and not dataset.faulty
+    assert "labels" not in ConversationCollator(processor)([dataset[0], dataset[1]])
+
+
+def test_pictures_that_cannot_be_opened_are_said_by_the_sample(data):
+    (data.parent / "0.png").unlink()
+    (data.parent / "1.png").write_bytes(b"no picture")
+    whole = (data.parent / "2.png").read_bytes()
+    (data.parent / "2.png").write_bytes(whole[: len(whole) // 2])
+    dataset = ConversationDataset(data)
+    for index in range(3):
+        sample = dataset[index]
+        assert sample.keys() == {"name", "fault"} and sample["name"] == f"sample {index + 1}"
+        assert f"'{index}.png' cannot be opened" in sample["fault"]
+    assert "fault" not in dataset[3]
 
 
 # ------------------------------------------------------------------ training
@@ -213,11 +371,6 @@ def stop_after(steps):
     return Stop()
 
 
-def test_accumulated_losses_are_averaged(tmp_path, data, processor):
-    job = trainer(tmp_path / "out", data, processor, steps=1)
-    assert job.model_accepts_loss_kwargs is False, "Trainer would sum the parts' losses instead of averaging them"
-
-
 def test_what_trainer_refuses(tmp_path, data, processor):
     with pytest.raises(ConfigError, match="GatedModel"):
         PrunerTrainer(load(), training_arguments(tmp_path, report_to=[], use_cpu=True))
@@ -238,12 +391,16 @@ def example(*options, processes=1):
 
 def test_the_example_under_torchrun_with_two_processes(tmp_path, data):
     out = tmp_path / "pruner"
+    (data.parent / "3.png").unlink()
     options = [data, "--output", out, "--share", 1, "--batch", 2, "--dtype", "float32", "--workers", 0]
     printed = example(*options, "--steps", 2, "--save-steps", 1, processes=2)
     assert "8 samples (1 without an image skipped)" in printed
     state = json.loads((out / "checkpoints" / "checkpoint-2" / "trainer_state.json").read_text())
     assert state["epoch"] == pytest.approx(1.0), "two processes of two samples take eight in two steps"
-    LearnablePruner.from_pretrained(out)
+    assert "left out of training, sample 4: '3.png' cannot be opened" in printed
+    assert "1 samples were left out of training" in printed
+    info = LearnablePruner.from_pretrained(out).training_info
+    assert (info["samples"], info["skipped"]) == (7, 1)
     # the same command goes on
     example(*options, "--steps", 3, "--save-steps", 1, "--objective", "distill", processes=1)
     assert (out / "checkpoints" / "checkpoint-3").is_dir()

@@ -4,12 +4,14 @@ The sequence keeps its length. The pruner reads the features that it will read w
 to their places in the prompt, and `gated_attention` takes the place of every decoder layer's attention.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
@@ -21,6 +23,7 @@ from ..pruner import LearnablePruner, resolve_pruner
 from ..read import Chosen, Reader, State, chosen_of
 from ..registry import Parts, find_parts
 from .attention import gated_attention
+from .data import IGNORED, listed
 
 
 def straight_through(logits: Tensor) -> Tensor:
@@ -129,13 +132,50 @@ class Gate(Reader):
         return gated_attention(query, key, value, gate.to(query.device), scaling=scaling, difference=self.difference)
 
 
+@dataclass
+class GatedOutput(ModelOutput):
+    """What a forward of `GatedModel` returns: scalars, but for `earlier`; `loss` and `kept_tokens` carry gradients.
+
+    Attributes:
+        loss: to be minimised: task_loss + budget_loss, or task_loss alone where more parts of the step follow.
+        task_loss: mean over `targets` positions, or their share of a larger mean.
+        budget_loss: ``weight * (kept - tau) ** 2``.
+        kept: share of the visual tokens that are kept, of all the step's parts so far.
+        targets: how many positions this forward's task counts.
+        kept_tokens: how many these are.
+        tokens: of how many.
+        earlier: (2 + P,) for the step's next part: kept tokens, all tokens, and the gradient of the first for each of
+            the pruner's P weights that train.
+    """
+
+    loss: Tensor | None = None
+    task_loss: Tensor | None = None
+    budget_loss: Tensor | None = None
+    kept: Tensor | None = None
+    targets: Tensor | None = None
+    kept_tokens: Tensor | None = None
+    tokens: Tensor | None = None
+    earlier: Tensor | None = None
+
+
 class GatedModel(nn.Module):
     """A frozen model and a pruner in training: `forward` takes the model's inputs and returns the pruner's loss.
 
     ``loss = task + weight * (kept - tau) ** 2``, kept being the share of the batch's visual tokens that stay open.
     The task is "ntp", next-token prediction of the labels (LearnPruner, section 3), or "distill" (ours): the
     divergence from what the same model says with all its visual tokens, at the labels' positions or, without labels,
-    at all text after the last image.
+    at all text after the last image. Rows without a label, where others have some, take no part: alone, the budget
+    would only close their tokens.
+
+    The batch is an optimizer step's, as in the paper. The square of its mean is not the mean of its parts' squares, so
+    a step in parts says so, and gets the gradient that it would get whole (but for "distill" without labels, whose
+    parts count alike, however many positions they have). `PrunerTrainer` does it, over all devices; in a loop::
+
+        earlier, items = None, sum((part["labels"][:, 1:] != -100).sum() for part in parts)
+        for number, part in enumerate(parts, 1):
+            out = gated(**part, num_items_in_batch=items, part=number < len(parts), earlier=earlier)
+            out.loss.backward()
+            earlier = out.earlier
 
     Args:
         model: a supported model, unpatched, all of its parameters frozen; or inside PEFT, whose parameters train too.
@@ -151,7 +191,8 @@ class GatedModel(nn.Module):
         PrunerError: the pruner reads another width.
     """
 
-    accepts_loss_kwargs = False  # for Trainer: the loss is a mean, to be divided by accumulation steps
+    accepts_loss_kwargs = True  # for Trainer: it hands in num_items_in_batch, and
+    loss_type = "ForCausalLM"  # does not count a row's first label, which nothing predicts
 
     def __init__(
         self,
@@ -171,6 +212,8 @@ class GatedModel(nn.Module):
         if not hasattr(model, "peft_config") and any(parameter.requires_grad for parameter in model.parameters()):
             raise ConfigError("the base model would train as well: freeze it with model.requires_grad_(False)")
         parts = find_parts(model)
+        if objective == "distill" and parts.adapter.merge is not None:
+            raise ConfigError(f'{parts.adapter.family} grows its prompts, so labels do not lie on logits: use "ntp"')
         self.model = model
         self.pruner = resolve_pruner(pruner, parts.width, parts.model.config) or new_pruner(parts.width)
         self.objective, self.weight, self.tau = objective, weight, tau
@@ -223,30 +266,94 @@ class GatedModel(nn.Module):
         """Its name before transformers 5.18."""
         self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
-    def forward(self, labels: Tensor | None = None, **inputs: Any) -> ModelOutput:
-        """Inputs of the model, `labels` (B, S) int64 with -100 where nothing is to be learned.
+    def forward(
+        self,
+        labels: Tensor | None = None,
+        *,
+        num_items_in_batch: Tensor | int | None = None,
+        part: bool = False,
+        earlier: Tensor | None = None,
+        skipped: Sequence[str] = (),
+        **inputs: Any,
+    ) -> GatedOutput:
+        """The losses of a batch, or of a part of an optimizer step's.
 
-        Returns:
-            loss, task_loss, budget_loss: scalars; kept: scalar, the share of visual tokens kept.
+        Args:
+            labels: (B, S) int64 with -100 where nothing is to be learned; at least one row has others.
+            num_items_in_batch: positions of the whole step, to divide their summed loss by; None: those of this batch.
+            part: more parts of the same step follow: `loss` leaves the budget to the last of them.
+            earlier: `earlier` of the output of the part before.
+            skipped: what `ConversationCollator` left out of the batch.
+            inputs: of the model.
+
+        Raises:
+            UnsupportedInputError: nothing can be learned from this batch, or the gate cannot follow it.
         """
-        if self.objective == "ntp":
-            if labels is None:
-                raise UnsupportedInputError('objective="ntp" needs labels; "distill" does without')
-            task = self.model(**inputs, labels=labels, use_cache=False).loss
-        else:
+        if not inputs:
+            raise UnsupportedInputError(f"no sample of this batch can be learned from: {listed(skipped)}")
+        if labels is None and self.objective == "ntp":
+            raise UnsupportedInputError('objective="ntp" needs labels; "distill" does without')
+        if labels is not None and not (labels[:, 1:] != IGNORED).any():
+            raise UnsupportedInputError(
+                f"every label of this batch is {IGNORED}, so nothing can be learned from it: leave it out (was it cut?)"
+            )
+        distill = self.objective == "distill"
+        if distill:
             with torch.no_grad(), self.opened():
                 teacher = self.model(**inputs, use_cache=False).logits
-            student = self.model(**inputs, use_cache=False).logits
-            task = divergence(student, teacher, self._asked(labels, inputs))
-        assert self._gate.mask is not None  # the forward has seen images, or raised
-        kept = self._gate.mask.mean()
+        out = self.model(**inputs, labels=None if distill else labels, use_cache=False)
+        asked = self._asked(labels, inputs)
+        task, targets = divergence(out.logits, teacher, asked) if distill else out.loss, asked.sum()
+        if num_items_in_batch is not None:
+            task = task * (targets / num_items_in_batch)
+        kept_tokens, tokens = self._counted(labels, earlier)
+        kept = kept_tokens / tokens
         budget = self.weight * (kept - self.tau) ** 2
-        return ModelOutput(loss=task + budget, task_loss=task.detach(), budget_loss=budget.detach(), kept=kept.detach())
+        return GatedOutput(
+            loss=task if part else task + budget,
+            task_loss=task.detach(),
+            budget_loss=budget.detach(),
+            kept=kept.detach(),
+            targets=targets,
+            kept_tokens=kept_tokens,
+            tokens=tokens,
+            earlier=self._handed_on(kept_tokens, tokens) if part else None,
+        )
+
+    def _counted(self, labels: Tensor | None, earlier: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Kept tokens, with their gradient, and all tokens: of rows with a label, and of the parts before."""
+        mask, visual = self._gate.mask, self._gate.visual
+        assert mask is not None and visual is not None  # the forward has seen images, or raised
+        if labels is not None:
+            taught = (labels[:, 1:] != IGNORED).any(dim=1).to(visual.device)
+            mask = mask[taught[visual.nonzero()[:, 0]]]
+        kept_tokens, tokens = mask.sum(), mask.new_tensor(len(mask))
+        if earlier is not None:
+            earlier = earlier.to(mask.device)
+            kept_tokens, tokens = kept_tokens + earlier[0], tokens + earlier[1]
+            if weights := self._weights():
+                # zero, with the gradient of the parts before
+                vector = parameters_to_vector(weights).to(earlier)
+                kept_tokens = kept_tokens + (vector - vector.detach()) @ earlier[2:]
+        return kept_tokens, tokens
+
+    def _handed_on(self, kept_tokens: Tensor, tokens: Tensor) -> Tensor:
+        """What the step's next part needs to know: (2 + P,)."""
+        counts = torch.stack([kept_tokens.detach(), tokens])
+        if not (weights := self._weights()):
+            return counts
+        # through the pruner alone, whose graph the loss goes through once more
+        slopes = torch.autograd.grad(kept_tokens, weights, retain_graph=True)
+        return torch.cat([counts, parameters_to_vector(slopes).to(counts.device)])
+
+    def _weights(self) -> list[nn.Parameter]:
+        """The pruner's weights that train."""
+        return [weight for weight in self.pruner.parameters() if weight.requires_grad]
 
     def _asked(self, labels: Tensor | None, inputs: dict) -> Tensor:
         """(B, S) bool: positions whose next token is to be distilled."""
         if labels is not None:
-            return nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+            return nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
         visual = self._gate.visual
         assert visual is not None  # as above
         after = visual.flip(1).cumsum(dim=1).flip(1) == 0
