@@ -6,4 +6,9 @@ between them: to the model, and here, each is an image.
 
 from lp_patch.registry import Adapter
 
-ADAPTER = Adapter(model_type="internvl", family="InternVL", merge_adjacent=True)
+ADAPTER = Adapter(
+    model_type="internvl",
+    family="InternVL",
+    merge_adjacent=True,
+    fewest=lambda config: config.image_seq_length,  # of a tile
+)

@@ -13,6 +13,23 @@ def _width(config: Any) -> int:
     return config.vision_config.hidden_size * (1 if isinstance(layers, int) else len(layers))
 
 
+def patches(config: Any) -> int | None:
+    """Patches of a picture, or of a tile, from the side of the one size that the tower takes; None: of any size."""
+    vision = config.vision_config
+    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        return None
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def _fewest(config: Any) -> int | None:
+    count = patches(config)
+    if count is None:
+        return None
+    # "default" crops the first token, which is [CLS] where there is one
+    has_cls = config.vision_config.model_type == "clip_vision_model"
+    return count + has_cls - (config.vision_feature_select_strategy == "default")
+
+
 def _vision_attention(base: nn.Module) -> list[nn.Module]:
     layer, strategy = base.config.vision_feature_layer, base.config.vision_feature_select_strategy
     tower = getattr(base.vision_tower, "vision_model", base.vision_tower)
@@ -36,5 +53,6 @@ ADAPTER = Adapter(
     family="LLaVA",
     projector="multi_modal_projector",
     width=_width,
+    fewest=_fewest,
     vision_attention=_vision_attention,
 )

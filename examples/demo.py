@@ -1,7 +1,7 @@
 """Ask a small trained LLaVA about a picture, with and without the patch; print what changed and draw what was kept.
 
-``python examples/demo.py`` needs no network: model, picture and questions lie in ``examples/testbed``. The drawing goes to
-``runs/``; ``--output examples/results/demo.png`` makes the README's anew.
+``python examples/demo.py`` needs no network: model, picture and questions lie in ``examples/testbed``. It draws into
+``runs/``; ``--output examples/results/demo.png`` makes the README's picture anew.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Install, remove, look: the life of a patch on one model instance."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,9 @@ class Patch:
         self.config = config
         self._parts = parts
         self._surgery = Surgery(parts, config, pruner)
+        fewest = None if parts.adapter.fewest is None else parts.adapter.fewest(parts.model.config)
+        if fewest is not None:
+            self._surgery.budget(fewest)  # refuses what no image could be pruned to
         self._surgery.patch = self
         self._installation = Installation()
 
@@ -54,7 +57,7 @@ class Patch:
         self._installation.remove()
         for module in self._parts.model.modules():
             unhook(module, self._surgery)
-        forget_compiled()
+        forget_compiled(self._parts.model)
 
     @property
     def active(self) -> bool:
@@ -78,7 +81,7 @@ class Patch:
         except BaseException:
             self.remove()
             raise
-        forget_compiled()
+        forget_compiled(self._parts.model)
 
 
 def _find(model: object) -> Patch | None:
@@ -93,7 +96,7 @@ def _find(model: object) -> Patch | None:
 
 def apply(
     model: nn.Module,
-    config: PruningConfig | str | Path | None = None,
+    config: PruningConfig | Mapping[str, Any] | str | Path | None = None,
     *,
     pruner: LearnablePruner | str | Path | None = None,
     **options: Any,
@@ -103,8 +106,8 @@ def apply(
     Args:
         model: a transformers vision-language model, also inside PEFT, `torch.compile` or DDP; only this instance
             changes.
-        config: options as a `PruningConfig`, or a folder that `Patch.save_pretrained` wrote: its settings, and its
-            pruner if it holds one and none is given.
+        config: options as a `PruningConfig` or as a dict of its fields, or a folder that `Patch.save_pretrained`
+            wrote: its settings, and its pruner if it holds one and none is given.
         pruner: trained stage-1 weights: a Hub id, a folder, or a `LearnablePruner`; one that was trained on another
             base warns. None: for a scorer that reads one, and for "auto", the pruner that belongs to the model's
             checkpoint, which is the folder ``lp_patch_pruner`` inside a local one, or a
@@ -156,7 +159,7 @@ def is_applied(model: nn.Module) -> bool:
 @contextmanager
 def applied(
     model: nn.Module,
-    config: PruningConfig | str | Path | None = None,
+    config: PruningConfig | Mapping[str, Any] | str | Path | None = None,
     *,
     pruner: LearnablePruner | str | Path | None = None,
     **options: Any,

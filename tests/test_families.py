@@ -262,6 +262,28 @@ def _one_of_two(rank, family, store):
     dist.destroy_process_group()
 
 
+TELLING = {"llava", "llava_next", "video_llava", "internvl"}  # their configs say how many tokens a picture has at least
+
+
+@every
+def test_a_budget_that_no_picture_could_keep_to_is_refused_at_apply(family):
+    model, scene = make(family, dtype=torch.float32, which=(1,))
+    parts = lp_patch.registry.find_parts(model)
+    fewest = parts.adapter.fewest and parts.adapter.fewest(parts.model.config)
+    assert (fewest is not None) == (family in TELLING)
+    options = {"scorer": "none", "layer": len(parts.layers) - 1}
+    if fewest is None:
+        with lp_patch.applied(model, tokens=1, **options):
+            return
+    assert fewest <= min(len(x) for row in scene.visual for x in row)
+    used_up = options["layer"] * fewest // len(parts.layers)
+    with pytest.raises(lp_patch.ConfigError, match=rf"\(tokens={used_up + 1} for an input of {fewest}\)"):
+        lp_patch.apply(model, tokens=used_up, **options)
+    assert not lp_patch.is_applied(model)
+    with lp_patch.applied(model, tokens=used_up + 1, **options), lp_patch.applied(model, tokens=1):
+        pass
+
+
 @mostly_long("qwen2_5_vl")
 def test_compile(family):
     model, scene = make(family, torch.float32, seed=22)

@@ -22,8 +22,8 @@ import numpy as np
 import questions
 import torch
 import transformers
-from language import answer, by_type, tally
 from export import make_readable
+from language import answer, by_type, tally
 from network import DEVICE, GRID, MEAN, PATCHES, STD, Master, cosine
 from peft import LoraConfig, PeftModel, get_peft_model
 from questions import Question
