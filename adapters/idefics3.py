@@ -29,6 +29,7 @@ ADAPTER = Adapter(
     model_type="idefics3",
     family="Idefics3",
     split=split_images,
+    tower=lambda base: base.vision_model,
     language_model="text_model",
     layers="text_model.layers",
     rotary="text_model.rotary_emb",

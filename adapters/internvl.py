@@ -10,5 +10,6 @@ ADAPTER = Adapter(
     model_type="internvl",
     family="InternVL",
     merge_adjacent=True,
+    tower=lambda base: base.vision_tower,
     fewest=lambda config: config.image_seq_length,  # of a tile
 )

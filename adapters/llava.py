@@ -30,6 +30,11 @@ def _fewest(config: Any) -> int | None:
     return count + has_cls - (config.vision_feature_select_strategy == "default")
 
 
+def tower(base: Any) -> nn.Module | None:
+    """Of which every token attends to all of its picture or tile: not where pictures of all sizes are one row."""
+    return None if patches(base.config) is None else base.vision_tower
+
+
 def _vision_attention(base: nn.Module) -> list[nn.Module]:
     layer, strategy = base.config.vision_feature_layer, base.config.vision_feature_select_strategy
     tower = getattr(base.vision_tower, "vision_model", base.vision_tower)
@@ -53,6 +58,7 @@ ADAPTER = Adapter(
     family="LLaVA",
     projector="multi_modal_projector",
     width=_width,
+    tower=tower,
     fewest=_fewest,
     vision_attention=_vision_attention,
 )

@@ -8,6 +8,7 @@ ADAPTER = Adapter(
     model_type="smolvlm",
     family="SmolVLM",
     split=split_images,
+    tower=lambda base: base.vision_model,
     language_model="text_model",
     layers="text_model.layers",
     rotary="text_model.rotary_emb",

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from .config import PruningConfig, make_config
 from .install import Installation, forget_compiled, owner, unhook
 from .pruner import WEIGHTS_FILE, LearnablePruner, find_pruner, resolve_pruner
 from .registry import Parts, find_parts, unwrap
-from .report import Report, make_report
+from .report import Report, make_report, part_costs
 from .strategies import may_use_pruner
 from .surgery import Surgery
 from .trace import Trace
@@ -39,9 +40,18 @@ class Patch:
 
     def report(self) -> Report:
         """What the latest prefill saved; print it, or read its fields."""
-        model = self._parts.language_model
+        parts, record, layer = self._parts, self._surgery.record, self._surgery.shape.layer
+        tower = None if parts.adapter.tower is None else parts.adapter.tower(parts.base)
+        trace, encoded = (None, []) if record is None else (record.trace(), record.encoded)
+        model = parts.language_model
         return make_report(
-            self.trace, self._parts.layers, model.config, model.dtype.itemsize, self._surgery.shape.layer
+            trace,
+            parts.layers,
+            model.config,
+            model.dtype.itemsize,
+            layer,
+            part_costs(encoded, tower, parts.projector),
+            {**asdict(self.config), "layer": layer, "scorer": self._surgery.scorer.name},
         )
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -75,6 +75,8 @@ class Adapter:
             video (frames), and share its budget; or the names of the modalities of which this holds.
         split: (ids (S,), positions (n,) of one feature's tokens) of a row -> how many of them each image has, in order;
             where the encoder returns a row's images as one feature. None: a feature is an image.
+        tower: from the merging module, the vision tower, where each token attends to all of its picture, tile or frame,
+            a row of (B, T, C): reports count its arithmetic. None, or a function that returns it: they do not.
         first_cut: from the model's config, how many decoder layers must run before stage 2 may cut; None: one.
         fewest: from the model's config, the fewest visual tokens that an image or video can have: a budget that none
             could be pruned to is refused at once. None, or a function that returns it: the config does not tell.
@@ -96,6 +98,7 @@ class Adapter:
     structural: Callable[[Any, Tensor], Tensor] | None = None
     merge_adjacent: bool | tuple[str, ...] = False
     split: Callable[[Tensor, Tensor], list[int]] | None = None
+    tower: Callable[[Any], nn.Module | None] | None = None
     first_cut: Callable[[Any], int] | None = None
     fewest: Callable[[Any], int | None] | None = None
     vision_attention: Callable[[Any], list[nn.Module]] | None = None
