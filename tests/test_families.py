@@ -262,6 +262,48 @@ def _one_of_two(rank, family, store):
     dist.destroy_process_group()
 
 
+@every
+def test_a_later_wrapper_outlives_the_patch(family):
+    """What somebody put around a method that we wrapped stays theirs; ours goes from under it."""
+    model, scene = make(family, dtype=torch.float32, which=SEVERAL)
+    base = lp_patch.registry.find_parts(model).base
+    encode = lp_patch.registry.find_parts(model).modalities[0].encode
+    calls = []
+
+    def logits(through=True):
+        calls.clear()
+        with torch.no_grad():
+            found = model(**scene.forward()).logits
+        assert bool(calls) == through
+        return found
+
+    plain = logits(through=False)
+    lp_patch.apply(model, tokens=4, layer=2)
+    ours = getattr(base, encode)
+
+    def theirs(*args, **kwargs):
+        calls.append(1)
+        return ours(*args, **kwargs)
+
+    setattr(base, encode, theirs)
+    assert not torch.equal(logits(), plain)
+    with pytest.warns(UserWarning, match=f"{type(base).__name__}.{encode} was wrapped or replaced after lp_patch"):
+        lp_patch.remove(model)
+    assert not lp_patch.is_applied(model)
+    assert getattr(base, encode) is theirs
+    assert torch.equal(logits(), plain)
+    # a new patch goes around theirs, and off again
+    with lp_patch.applied(model, tokens=4, layer=2):
+        assert not torch.equal(logits(), plain)
+    assert getattr(base, encode) is theirs
+    assert torch.equal(logits(), plain)
+    # they take their own away
+    setattr(base, encode, ours)
+    with lp_patch.applied(model, tokens=4, layer=2):
+        assert not torch.equal(logits(through=False), plain)
+    assert torch.equal(logits(through=False), plain)
+
+
 TELLING = {"llava", "llava_next", "video_llava", "internvl"}  # their configs say how many tokens a picture has at least
 
 

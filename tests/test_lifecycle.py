@@ -10,7 +10,6 @@ from functools import partial
 
 import pytest
 import torch
-from families import make
 from oracle import generated
 from test_forward import make_pruner
 from tiny import CACHE, WIDTH, batch, images, tiny_llava, tokens
@@ -409,48 +408,6 @@ def test_a_hook_inside_a_compiled_function_is_noticed(known, monkeypatch):
     installation.remove()
     forget_compiled(outer)
     assert run(x).tolist() == [6, 6]
-
-
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "smolvlm", "llava_llama"])
-def test_a_later_wrapper_outlives_the_patch(family):
-    """What somebody put around a method that we wrapped stays theirs; ours goes from under it."""
-    model, scene = make(family, dtype=torch.float32, which=(0,))
-    base = lp_patch.registry.find_parts(model).base
-    encode = lp_patch.registry.find_parts(model).modalities[0].encode
-    calls = []
-
-    def logits(through=True):
-        calls.clear()
-        with torch.no_grad():
-            found = model(**scene.forward()).logits
-        assert bool(calls) == through
-        return found
-
-    plain = logits(through=False)
-    lp_patch.apply(model, tokens=4, layer=2)
-    ours = getattr(base, encode)
-
-    def theirs(*args, **kwargs):
-        calls.append(1)
-        return ours(*args, **kwargs)
-
-    setattr(base, encode, theirs)
-    assert not torch.equal(logits(), plain)
-    with pytest.warns(UserWarning, match=f"{type(base).__name__}.{encode} was wrapped or replaced after lp_patch"):
-        lp_patch.remove(model)
-    assert not lp_patch.is_applied(model)
-    assert getattr(base, encode) is theirs
-    assert torch.equal(logits(), plain)
-    # a new patch goes around theirs, and off again
-    with lp_patch.applied(model, tokens=4, layer=2):
-        assert not torch.equal(logits(), plain)
-    assert getattr(base, encode) is theirs
-    assert torch.equal(logits(), plain)
-    # they take their own away
-    setattr(base, encode, ours)
-    with lp_patch.applied(model, tokens=4, layer=2):
-        assert not torch.equal(logits(through=False), plain)
-    assert torch.equal(logits(through=False), plain)
 
 
 def test_a_disabled_wrapper_stays_so_in_copies():

@@ -366,7 +366,6 @@ def test_bitsandbytes_4_bit(tmp_path):
             assert torch.equal(model(**inputs).logits, plain)
 
 
-@pytest.mark.skipif(not V5, reason="the testbed's processor is one of transformers 5")
 def test_pipeline_with_the_trained_testbed():
     """`pipeline("image-text-to-text")` around a patched model answers as generate() does."""
     from pathlib import Path
