@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import expected, generated
 from test_forward import make_pruner
-from tiny import V5, N, batch, images, tiny_llava, tokens
+from tiny import N, batch, images, tiny_llava, tokens
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
