@@ -31,7 +31,7 @@ test-long: .venv/ready
 test-older: $(OLDER:%=.venv/transformers-%)
 	for version in $(OLDER); do \
 	  PYTHONPATH=.venv/transformers-$$version $(BIN)/python -m pytest -n 2 $(FLAGS) -W ignore::DeprecationWarning \
-	    tests/test_forward.py tests/test_generate.py tests/test_lifecycle.py tests/test_wrappers.py tests/test_gate.py tests/test_original_llava.py || exit 1; \
+	    tests/test_forward.py tests/test_generate.py tests/test_lifecycle.py tests/test_wrappers.py tests/test_gate.py tests/test_original_llava.py tests/test_testbed.py || exit 1; \
 	done
 
 matrix: .venv/ready

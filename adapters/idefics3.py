@@ -1,6 +1,7 @@
 """Idefics3: a row's images come as one feature, cut here where the prompt's own tokens say that one image ends."""
 
 from itertools import pairwise
+from operator import attrgetter
 
 from torch import Tensor
 
@@ -29,6 +30,7 @@ ADAPTER = Adapter(
     model_type="idefics3",
     family="Idefics3",
     split=split_images,
+    tower=attrgetter("vision_model"),
     language_model="text_model",
     layers="text_model.layers",
     rotary="text_model.rotary_emb",

@@ -4,6 +4,14 @@ Pixel shuffle joins 2 x 2 patches; stage 1 prunes what the projector makes of th
 between them: to the model, and here, each is an image.
 """
 
+from operator import attrgetter
+
 from lp_patch.registry import Adapter
 
-ADAPTER = Adapter(model_type="internvl", family="InternVL", merge_adjacent=True)
+ADAPTER = Adapter(
+    model_type="internvl",
+    family="InternVL",
+    merge_adjacent=True,
+    tower=attrgetter("vision_tower"),
+    fewest=attrgetter("image_seq_length"),  # of a tile
+)

@@ -24,6 +24,28 @@ def _pictures(base: Any, arguments: dict[str, Any]) -> list[int] | None:
     return [int(height) // patch * (int(width) // patch) for height, width in sizes.tolist()]
 
 
+def patches(config: Any) -> int | None:
+    """Patches of a picture, or of a tile, from the side of the one size that the tower takes; None: of any size."""
+    vision = config.vision_config
+    if vision.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        return None
+    return (vision.image_size // vision.patch_size) ** 2
+
+
+def _fewest(config: Any) -> int | None:
+    count = patches(config)
+    if count is None:
+        return None
+    # "default" crops the first token, which is [CLS] where there is one
+    has_cls = config.vision_config.model_type == "clip_vision_model"
+    return count + has_cls - (config.vision_feature_select_strategy == "default")
+
+
+def tower(base: Any) -> nn.Module | None:
+    """Of which every token attends to all of its picture or tile: not where pictures of all sizes are one row."""
+    return None if patches(base.config) is None else base.vision_tower
+
+
 def _vision_attention(base: nn.Module) -> list[nn.Module]:
     layer, strategy = base.config.vision_feature_layer, base.config.vision_feature_select_strategy
     tower = getattr(base.vision_tower, "vision_model", base.vision_tower)
@@ -48,5 +70,7 @@ ADAPTER = Adapter(
     projector="multi_modal_projector",
     pictures=_pictures,
     width=_width,
+    tower=tower,
+    fewest=_fewest,
     vision_attention=_vision_attention,
 )

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lp_patch.adapters.llava import patches, tower
 from lp_patch.registry import Adapter
 
 
@@ -22,4 +23,5 @@ def newlines(base: Any, embeds: Tensor) -> Tensor:
     return found
 
 
-ADAPTER = Adapter(model_type="llava_next", family="LLaVA-NeXT", structural=newlines)
+# the small copy alone has so many
+ADAPTER = Adapter(model_type="llava_next", family="LLaVA-NeXT", structural=newlines, tower=tower, fewest=patches)

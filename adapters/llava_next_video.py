@@ -1,5 +1,6 @@
 """LLaVA-NeXT-Video: images as in LLaVA-NeXT; the frames of a video are pooled before the projector."""
 
+from lp_patch.adapters.llava import tower
 from lp_patch.adapters.llava_next import newlines
 from lp_patch.registry import IMAGE, VIDEO, Adapter
 
@@ -8,4 +9,5 @@ ADAPTER = Adapter(
     family="LLaVA-NeXT-Video",
     modalities=(IMAGE, VIDEO),
     structural=newlines,
+    tower=tower,
 )

@@ -4,6 +4,7 @@ Frames keep their [CLS], which counts like any other token. Two videos without a
 from one: they share the budget of a single one.
 """
 
+from lp_patch.adapters.llava import patches
 from lp_patch.registry import IMAGE, VIDEO, Adapter
 
 ADAPTER = Adapter(
@@ -11,4 +12,5 @@ ADAPTER = Adapter(
     family="Video-LLaVA",
     modalities=(IMAGE, VIDEO),
     merge_adjacent=("video",),
+    fewest=patches,
 )

@@ -1,6 +1,7 @@
 """Ask a small trained LLaVA about a picture, with and without the patch; print what changed and draw what was kept.
 
-``python examples/demo.py`` needs no network: model, picture and questions lie in ``examples/testbed``.
+``python examples/demo.py`` needs no network: model, picture and questions lie in ``examples/testbed``. It draws into
+``runs/``; ``--output examples/results/demo.png`` makes the README's picture anew.
 """
 
 import argparse
@@ -177,7 +178,7 @@ def main() -> None:
     parser.add_argument("--questions", type=Path, default=HERE / "testbed" / "demo.json")
     parser.add_argument("--tokens", type=int, default=64, help="visual tokens, averaged over the decoder layers")
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each variant")
-    parser.add_argument("--output", type=Path, default=HERE / "results" / "demo.png")
+    parser.add_argument("--output", type=Path, default=Path("runs") / "demo.png")
     options = parser.parse_args()
 
     model = AutoModelForImageTextToText.from_pretrained(options.model).eval()

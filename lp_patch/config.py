@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,18 @@ class PruningConfig:
         return float(self.tokens) if self.tokens is not None else self.ratio * present  # type: ignore[operator]
 
 
-def make_config(config: PruningConfig | None, options: dict[str, Any]) -> PruningConfig:
+def make_config(config: PruningConfig | Mapping[str, Any] | None, options: Mapping[str, Any]) -> PruningConfig:
     """The config that `apply(model, config, **options)` means; options override the fields of `config`."""
+    if isinstance(config, Mapping):
+        config = make_config(None, config)
     if config is not None and not isinstance(config, PruningConfig):
-        raise ConfigError(f"config must be a PruningConfig or None, got {type(config).__name__}: {config!r}")
+        raise ConfigError(
+            f"config must be a PruningConfig, a dict of its fields or None, got {type(config).__name__}: {config!r}"
+        )
     names = [field.name for field in fields(PruningConfig)]
     for option in options:
         if option not in names:
-            near = difflib.get_close_matches(option, names, n=1)
+            near = difflib.get_close_matches(str(option), names, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ConfigError(f"unknown option {option!r}{hint} Allowed: {', '.join(names)}")
     values = {} if config is None else {name: getattr(config, name) for name in names}

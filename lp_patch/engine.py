@@ -34,7 +34,7 @@ from .outputs import finish
 from .plan import find_inputs, make_plan
 from .prefill import cut_deepstack, cut_input, facts_of, weigh_queries
 from .prompt import read_prompt
-from .read import Call, PerThread, State
+from .read import ENCODED, Call, PerThread, State
 from .refuse import check_call, check_mask, flat_mask
 from .registry import Parts
 from .select import take
@@ -209,6 +209,7 @@ class Engine(EarlyStage):
         inputs = find_inputs(prompt, facts, adapter.merge_adjacent, settings.budget, adapter.split)
         plan = make_plan(inputs, prompt, settings.shape.wipe_layer is not None)
         record = self._keep(Record(settings.shape, plan.visual, plan.text, plan.wiped, []))
+        record.note_encoded([x for feature in features for x in getattr(feature, ENCODED, ())])
         if plan.nothing:
             return self._continue(args, kwargs)
         compact = settings.config.positions == "compact"

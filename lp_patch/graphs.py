@@ -210,14 +210,14 @@ class CompiledEngine(Engine):
             _forget(current)
             with torch.no_grad():
                 output = wrapped(**rest, **inputs)
-            return output, list(current.chosen), list(current.present)
+            return output, list(current.chosen), list(current.present), list(current.towers)
 
         modules = [x for name, x in self.parts.base.named_children() if x is not self.parts.language_model]
         with self.encoders.lock:
             try:
                 buffers = {name: torch.empty_like(x).copy_(x) for name, x in pixels.items()}
                 region = self.encoders.get(key, lambda: Region(buffers, run, modules))
-                output, chosen, present = region.replay(pixels)
+                output, chosen, present, towers = region.replay(pixels)
             except RuntimeError as error:
                 self.state.unfit.add(key)
                 self._say(f"encoding images with {type(self.parts.base).__name__} ({str(error).splitlines()[0]:.120})")
@@ -225,7 +225,7 @@ class CompiledEngine(Engine):
                 return wrapped(*args, **kwargs)
             # copies: the next replay writes the buffers anew
             encoding.chosen = [Chosen(*(None if x is None else x.clone() for x in c)) for c in chosen]
-            encoding.present = present
+            encoding.present, encoding.towers = present, towers
             return _copied(output)
 
     # ------------------------------------------------------------------ the decoder layers
@@ -364,7 +364,8 @@ class CompiledEngine(Engine):
 
 def _forget(encoding: Encoding) -> None:
     """What an earlier run on the same images noted."""
-    encoding.chosen, encoding.present, encoding.attention, encoding.rows = [], [], {}, None
+    encoding.chosen, encoding.present, encoding.towers = [], [], []
+    encoding.attention, encoding.rows = {}, None
 
 
 def _copied(output: Any) -> Any:

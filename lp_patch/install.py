@@ -1,6 +1,7 @@
 """Putting hooks, wrapped methods and attention taps on a live model, and taking them off again, bit for bit."""
 
 import sys
+import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
@@ -14,14 +15,24 @@ from torch import nn
 class MethodWrapper(wrapt.FunctionWrapper):
     """A wrapped method of one instance that can be copied and pickled with it."""
 
+    def __init__(self, wrapped: Callable, wrapper: Callable, enabled: tuple[bool, ...] = (True,)) -> None:
+        # wrapt lets nobody replace its switch, but asks for its truth in each call: an empty list is off
+        switch: Any = list(enabled)
+        super().__init__(wrapped, wrapper, switch)
+        self._self_switch = switch
+
+    def disable(self) -> None:
+        """Be the bare method from now on."""
+        self._self_switch.clear()
+
     def __deepcopy__(self, memo: dict) -> "MethodWrapper":
-        return MethodWrapper(deepcopy(self.__wrapped__, memo), deepcopy(self._self_wrapper, memo))
+        return MethodWrapper(deepcopy(self.__wrapped__, memo), deepcopy(self._self_wrapper, memo), self._self_switch)
 
     def __copy__(self) -> "MethodWrapper":
-        return MethodWrapper(self.__wrapped__, self._self_wrapper)
+        return MethodWrapper(self.__wrapped__, self._self_wrapper, self._self_switch)
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
-        return MethodWrapper, (self.__wrapped__, self._self_wrapper)
+        return MethodWrapper, (self.__wrapped__, self._self_wrapper, tuple(self._self_switch))
 
 
 class Installation:
@@ -46,8 +57,9 @@ class Installation:
     def wrap(self, module: nn.Module, name: str, wrapper: Callable) -> None:
         """Wrap a non-forward method on the instance; undone by what its `__dict__` held before."""
         before = module.__dict__.get(name)
-        setattr(module, name, MethodWrapper(getattr(module, name), wrapper))
-        self.note(partial(_restore, module, name, before))
+        ours = MethodWrapper(getattr(module, name), wrapper)
+        setattr(module, name, ours)
+        self.note(partial(_restore, module, name, ours, before))
 
     def note(self, undo: Callable[[], None]) -> None:
         """Remember how to take one thing back."""
@@ -75,14 +87,51 @@ def unhook(module: nn.Module, of: object) -> None:
             extra.pop(key, None)
 
 
-def forget_compiled() -> None:
-    """A model compiled before a hook came or went would silently run without noticing."""
-    if "torch._dynamo" in sys.modules:
+def forget_compiled(model: nn.Module) -> None:
+    """Drop what was compiled around this model's kinds of modules, before a hook came or went.
+
+    dynamo guards the type of each module that it looked into, but no hooks: it would silently run without noticing.
+    """
+    if "torch._dynamo" not in sys.modules:
+        return
+    kinds = {type(module) for module in model.modules() if not type(module).__module__.startswith("torch.")}
+    try:
+        from torch._dynamo import convert_frame
+        from torch._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
+
+        with convert_frame.compile_lock:
+            for code in filter(None, [reference() for reference in convert_frame.input_codes.seen]):
+                if any(_guarded(entry.guard_manager.root) & kinds for entry in _debug_get_cache_entry_list(code)):
+                    reset_code(code)
+    except (AttributeError, ImportError):  # no public way exists, and another version's private one may differ
         torch.compiler.reset()
 
 
-def _restore(module: nn.Module, name: str, before: Any) -> None:
-    if before is None:
+def _guarded(manager: Any) -> set[type]:
+    """The types of all objects that a compiled function's guards look at."""
+    found: set[type] = set()
+    managers = [manager]
+    while managers:
+        at = managers.pop()
+        found.add(at.get_type_of_guarded_value())
+        managers += at.get_child_managers()
+        if hasattr(at, "get_key_value_managers"):  # a dict's; each pair may lack one
+            managers += [x for pair in at.get_key_value_managers().values() for x in pair if x is not None]
+    return found
+
+
+def _restore(module: nn.Module, name: str, ours: MethodWrapper, before: Any) -> None:
+    """Put back what was there before, unless something else has come on top of ours: that is not ours to take."""
+    there = module.__dict__.get(name)
+    if there is not ours:
+        ours.disable()
+        if there is not None:
+            warnings.warn(
+                f"{type(module).__name__}.{name} was wrapped or replaced after lp_patch wrapped it: that stays, and "
+                "calls of lp_patch's own wrapper below it now do nothing but call the method",
+                stacklevel=2,
+            )
+    elif before is None:
         delattr(module, name)
     else:
         setattr(module, name, before)

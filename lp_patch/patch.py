@@ -1,7 +1,8 @@
 """Install, remove, look: the life of a patch on one model instance."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .graphs import CompiledEngine
 from .install import Installation, forget_compiled, owner, unhook
 from .pruner import WEIGHTS_FILE, LearnablePruner, find_pruner, resolve_pruner
 from .registry import Parts, find_parts, unwrap
-from .report import Report, make_report
+from .report import Report, make_report, part_costs
 from .settings import Settings, resolve
 from .strategies import may_use_pruner
 from .trace import Trace
@@ -39,9 +40,18 @@ class Patch:
 
     def report(self) -> Report:
         """What the latest prefill saved; print it, or read its fields."""
-        model = self._parts.language_model
+        parts, record, layer = self._parts, self._engine.record, self._settings.shape.layer
+        tower = None if parts.adapter.tower is None else parts.adapter.tower(parts.base)
+        trace, encoded = (None, []) if record is None else (record.trace(), record.encoded)
+        model = parts.language_model
         return make_report(
-            self.trace, self._parts.layers, model.config, model.dtype.itemsize, self._settings.shape.layer
+            trace,
+            parts.layers,
+            model.config,
+            model.dtype.itemsize,
+            layer,
+            part_costs(encoded, tower, parts.projector),
+            {**asdict(self.config), "layer": layer, "scorer": self._settings.scorer.name},
         )
 
     @contextmanager
@@ -71,7 +81,7 @@ class Patch:
         self._installation.remove()
         for module in self._parts.model.modules():
             unhook(module, self._engine)
-        forget_compiled()
+        forget_compiled(self._parts.model)
 
     @property
     def active(self) -> bool:
@@ -95,7 +105,7 @@ class Patch:
         except BaseException:
             self.remove()
             raise
-        forget_compiled()
+        forget_compiled(self._parts.model)
 
 
 def _find(model: object) -> Patch | None:
@@ -110,7 +120,7 @@ def _find(model: object) -> Patch | None:
 
 def apply(
     model: nn.Module,
-    config: PruningConfig | str | Path | None = None,
+    config: PruningConfig | Mapping[str, Any] | str | Path | None = None,
     *,
     pruner: LearnablePruner | str | Path | None = None,
     compile: bool = False,
@@ -121,8 +131,8 @@ def apply(
     Args:
         model: a transformers vision-language model, also inside PEFT, `torch.compile` or DDP; only this instance
             changes.
-        config: options as a `PruningConfig`, or a folder that `Patch.save_pretrained` wrote: its settings, and its
-            pruner if it holds one and none is given.
+        config: options as a `PruningConfig` or as a dict of its fields, or a folder that `Patch.save_pretrained`
+            wrote: its settings, and its pruner if it holds one and none is given.
         pruner: trained stage-1 weights: a Hub id, a folder, or a `LearnablePruner`; one that was trained on another
             base warns. None: for a scorer that reads one, and for "auto", the pruner that belongs to the model's
             checkpoint, which is the folder ``lp_patch_pruner`` inside a local one, or a
@@ -178,7 +188,7 @@ def is_applied(model: nn.Module) -> bool:
 @contextmanager
 def applied(
     model: nn.Module,
-    config: PruningConfig | str | Path | None = None,
+    config: PruningConfig | Mapping[str, Any] | str | Path | None = None,
     *,
     pruner: LearnablePruner | str | Path | None = None,
     compile: bool = False,

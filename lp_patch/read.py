@@ -24,8 +24,10 @@ from .compat import encoded_features
 from .errors import ConfigError, UnsupportedInputError
 from .install import Installation, owner
 from .registry import Parts
+from .trace import Encoded
 
 CHOSEN = "lp_patch_chosen"  # attribute of a feature tensor: what stage 1 decided of its rows
+ENCODED = "lp_patch_encoded"  # of the first feature of a call: what its encoding ran on
 _BIT = -torch.inf  # by which numbered features tell their number
 
 
@@ -50,6 +52,7 @@ class Encoding:
         sizes: rows of each image in each of the projector's rows, where these are not one image each.
         chosen: what stage 1 decided, image by image; `present` the rows that each had.
         attention: what the scorer reads in the encoder, (B, N) each.
+        towers: rows that the vision tower was given, and tokens of each.
         rows: (B, R) int64, the rows of the projector's input that it was given, of `shape` (B, N), or None for all.
     """
 
@@ -60,6 +63,7 @@ class Encoding:
     attention: dict[Any, Tensor] = field(default_factory=dict)
     rows: Tensor | None = None
     shape: tuple[int, ...] = ()
+    towers: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -157,6 +161,9 @@ class Reader(Asking):
         if self.parts.adapter.merge is not None:
             on.wrap(base, self.parts.adapter.merge, self.around_merge)
         on.before(base, self.before_base)
+        tower = None if self.parts.adapter.tower is None else self.parts.adapter.tower(base)
+        if tower is not None:
+            on.note(tower.register_forward_hook(self.after_tower).remove)
         if self.parts.adapter.merge is None:
             language, _, _ = self.parts.adapter.language_model.partition(".")
             for name, module in base.named_children():
@@ -167,6 +174,12 @@ class Reader(Asking):
         """A part of the vision side runs: perhaps not through the method that encodes images."""
         if self._call().encoding is None:
             self.state.local.outside = True
+
+    def after_tower(self, module: nn.Module, args: tuple, output: Any) -> None:
+        """The vision tower has run on so many rows of so many tokens."""
+        encoding, states = self._call().encoding, getattr(output, "last_hidden_state", None)
+        if encoding is not None and isinstance(states, Tensor) and states.dim() == 3:
+            encoding.towers.append((states.shape[0], states.shape[1]))
 
     def _call(self) -> Call:
         """What this thread's call has shown so far."""
@@ -211,7 +224,19 @@ class Reader(Asking):
             if encoding.chosen and isinstance(features, Tensor):
                 setattr(features, CHOSEN, encoding.chosen)
             self.state.local.encoded = encoding
+            if found:
+                setattr(found[0], ENCODED, self._ran(encoding))
         return output
+
+    def _ran(self, encoding: Encoding) -> list[Encoded]:
+        """What the vision tower and the projector ran on, where the family says how to count it."""
+        early = self.parts.projector is not None
+        present = sum(encoding.present) if early else None
+        ran = present if encoding.rows is None else encoding.rows.numel()
+        return [
+            Encoded(rows, tokens, *((ran, present) if number == 0 else ()))
+            for number, (rows, tokens) in enumerate(encoding.towers)
+        ]
 
     def encode(self, encoding: Encoding, wrapped: Callable, args: tuple, kwargs: dict) -> Any:
         """Call the method that encodes."""

@@ -1,9 +1,11 @@
 """Adapters: what lp_patch must know about a model family, as data, keyed by `config.model_type`."""
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points, version
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -76,7 +78,11 @@ class Adapter:
             video (frames), and share its budget; or the names of the modalities of which this holds.
         split: (ids (S,), positions (n,) of one feature's tokens) of a row -> how many of them each image has, in order;
             where the encoder returns a row's images as one feature. None: a feature is an image.
+        tower: from the merging module, the vision tower, where each token attends to all of its picture, tile or frame,
+            a row of (B, T, C): reports count its arithmetic. None, or a function that returns it: they do not.
         first_cut: from the model's config, how many decoder layers must run before stage 2 may cut; None: one.
+        fewest: from the model's config, the fewest visual tokens that an image or video can have: a budget that none
+            could be pruned to is refused at once. None, or a function that returns it: the config does not tell.
         vision_attention: from the merging module, the attention modules of the vision layers up to the one whose output
             the features are, in order; None where the family has no [CLS], first of its tokens and cut off, whose
             other tokens are the projector's input one to one.
@@ -96,7 +102,9 @@ class Adapter:
     structural: Callable[[Any, Tensor], Tensor] | None = None
     merge_adjacent: bool | tuple[str, ...] = False
     split: Callable[[Tensor, Tensor], list[int]] | None = None
+    tower: Callable[[Any], nn.Module | None] | None = None
     first_cut: Callable[[Any], int] | None = None
+    fewest: Callable[[Any], int | None] | None = None
     vision_attention: Callable[[Any], list[nn.Module]] | None = None
     language_model: str = "language_model"
     layers: str = "language_model.layers"
@@ -144,13 +152,15 @@ class ModalityPart(NamedTuple):
 
 
 _adapters: dict[str, Adapter] = {}
+_broken: dict[str, Exception] = {}  # model types that an installed package claims, and what is wrong with it
 _loaded = False
 
 
 def register(adapter: Adapter) -> None:
     """Add a model type; refuses one that is taken.
 
-    Packages can do without the call: an entry point in the group "lp_patch.adapters" that names an Adapter is found.
+    Packages can do without the call: an entry point in the group "lp_patch.adapters", called like the model type, that
+    names an Adapter is found.
     """
     if not isinstance(adapter, Adapter):
         raise ConfigError(f"register takes an lp_patch.Adapter, got {type(adapter).__name__}: {adapter!r}")
@@ -160,6 +170,7 @@ def register(adapter: Adapter) -> None:
             f"model type {adapter.model_type!r} already has an adapter ({_adapters[adapter.model_type].family})"
         )
     _adapters[adapter.model_type] = adapter
+    _broken.pop(adapter.model_type, None)
 
 
 def supported() -> dict[str, str]:
@@ -169,23 +180,33 @@ def supported() -> dict[str, str]:
 
 
 def _load_adapters() -> None:
-    """Read the built-in adapters and those of installed packages, once, at first use."""
+    """Read the built-in adapters and those of installed packages, once, at first use.
+
+    A package that is broken costs the model types that it claims, and no other.
+    """
     global _loaded
     if _loaded:
         return
-    found = [import_module(f"lp_patch.adapters.{name}").ADAPTER for name in BUILT_IN]
-    found += [point.load() for point in entry_points(group=ENTRY_POINT_GROUP)]
-    loaded: dict[str, Adapter] = {}
-    for adapter in found:
-        if not isinstance(adapter, Adapter):
-            raise ConfigError(
-                f"an entry point of the group {ENTRY_POINT_GROUP!r} must name an Adapter, got {adapter!r}"
-            )
-        if adapter.model_type in loaded:
-            raise ConfigError(f"two adapters for the model type {adapter.model_type!r}")
-        loaded[adapter.model_type] = adapter
-    _adapters.update(loaded)  # all or none: a second try must meet the same error, not half of the adapters
+    found: list[Adapter] = [import_module(f"lp_patch.adapters.{name}").ADAPTER for name in BUILT_IN]
+    _adapters.update({adapter.model_type: adapter for adapter in found})
     _loaded = True
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        claimed = point.name
+        try:
+            adapter = point.load()
+            if not isinstance(adapter, Adapter):
+                raise ConfigError(f"an entry point must name an lp_patch.Adapter, got {adapter!r}")
+            claimed = adapter.model_type
+            if claimed in _adapters:
+                raise ConfigError(f"two adapters for the model type {claimed!r}")
+            _adapters[claimed] = adapter
+        except Exception as error:  # whatever another's import raises
+            _broken[claimed] = error
+            warnings.warn(
+                f"the entry point {point.name!r} ({point.value}) of the group {ENTRY_POINT_GROUP!r} is broken, so "
+                f"models of type {claimed!r} cannot be patched: {type(error).__name__}: {error}",
+                stacklevel=3,
+            )
 
 
 def unwrap(model: object) -> Any:
@@ -202,7 +223,21 @@ def unwrap(model: object) -> Any:
             return inner
     raise UnsupportedModelError(
         f"lp_patch.apply needs a vision-language model (an nn.Module), got {type(model).__name__}: {model!r:.200}"
+        + _next_step(model)
     )
+
+
+def _next_step(given: object) -> str:
+    """What to do for somebody who gave no module, as the end of a message."""
+    if isinstance(given, (str, Path)):
+        return f". Load it first: AutoModelForImageTextToText.from_pretrained({str(given)!r})"
+    if isinstance(given, type):
+        return ". That is a class: give an instance"
+    if isinstance(getattr(given, "model", None), nn.Module):
+        return f". Give the model that this {type(given).__name__} holds: its .model"
+    if hasattr(given, "model_input_names"):
+        return ". That prepares inputs: give the model that reads them"
+    return ""
 
 
 def find_parts(model: object) -> Parts:
@@ -210,11 +245,18 @@ def find_parts(model: object) -> Parts:
     inner = unwrap(model)
     model_type = getattr(getattr(inner, "config", None), "model_type", None)
     _load_adapters()
+    if model_type in _broken:
+        raise UnsupportedModelError(
+            f"the adapter that an installed package has for the model type {model_type!r} is broken: "
+            f"{_broken[model_type]}. Repair that package, or uninstall it"
+        ) from _broken[model_type]
     if model_type not in _adapters:
         given = f"{type(inner).__name__} (model type {model_type!r})"
         known = f"Supported model types: {', '.join(sorted(_adapters))}"
         if model_type in UNFIT:
             raise UnsupportedModelError(f"{given} cannot be pruned: {UNFIT[model_type]}. {known}")
+        if not hasattr(getattr(inner, "config", None), "vision_config"):
+            given += ", which has no vision_config: if it is a part of a vision-language model, give the whole model"
         raise UnsupportedModelError(
             f"no adapter for {given}. {known}. CONTRIBUTING.md shows how to add one in a short file; lp_patch.register "
             "or an entry point makes it known"

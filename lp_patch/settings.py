@@ -65,6 +65,9 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
     settings = Settings(config, scorer, text_scorer, pruner, shape, _readings(parts, scorer))
     if scorer.keeps_all and config.ratio is not None:
         settings.budget(1)  # refuses what is too small for any input
+    fewest = None if parts.adapter.fewest is None else parts.adapter.fewest(parts.model.config)
+    if fewest is not None:
+        settings.budget(fewest)  # refuses what no image could be pruned to
     check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
     if config.positions == "compact" and hasattr(parts.rotary, "mrope_section"):
         raise ConfigError(

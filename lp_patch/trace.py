@@ -1,5 +1,6 @@
 """What a patched model did: the trace of its latest prefill, and a report of what that saved."""
 
+import reprlib
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ class Shape(NamedTuple):
     wipe_layer: int | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Trace:
     """What the latest prefill kept; one entry per sample. Indices number that sample's visual tokens in order.
 
@@ -37,6 +38,30 @@ class Trace:
     stage2_scores: list[Tensor | None]
     tokens_per_layer: list[list[int]]
     text_tokens: list[int]
+
+    def __repr__(self) -> str:
+        shown, first, second = (
+            reprlib.repr(x) for x in (self.visual_tokens, list(map(len, self.stage1)), list(map(len, self.stage2)))
+        )
+        return (
+            f"<lp_patch.Trace: {len(self.visual_tokens)} prompts, of {shown} visual tokens {first}, then {second} kept>"
+        )
+
+
+class Encoded(NamedTuple):
+    """What one call of an encoding method ran on.
+
+    Attributes:
+        rows: pictures, tiles or frames that the vision tower was given.
+        tokens: of each in its layers, [CLS] included.
+        projected: tokens that the projector ran on, over all rows, where stage 1 stands before it, else None.
+        present: and without stage 1.
+    """
+
+    rows: int
+    tokens: int
+    projected: int | None = None
+    present: int | None = None
 
 
 class InputScores(NamedTuple):
@@ -73,6 +98,11 @@ class Record:
         self.stage1_scores = stage1_scores
         self.stage1: Tensor | None = None
         self.stage2: tuple[Tensor, Tensor, Tensor] | None = None
+        self.encoded: list[Encoded] = []
+
+    def note_encoded(self, encoded: list[Encoded]) -> None:
+        """The prefill's features came of these encoding calls; those that came encoded have none."""
+        self.encoded = encoded
 
     def note_stage1(self, where: Tensor) -> None:
         """Stage 1 left the tokens at `where` (B, N) of the input, -1 for padding."""

@@ -37,6 +37,12 @@ def no_deprecation(request):
 
 
 @pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws depends neither on the tests before it nor on the process."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
 def few_threads():
     """Tiny models run slower with many threads; and results must not depend on their number."""
     before = torch.get_num_threads()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from types import MappingProxyType
 
 import pytest
 
@@ -145,7 +146,23 @@ def test_strange_option_gets_no_suggestion():
         make_config(None, {"quantise_xyz": 1})
 
 
-@pytest.mark.parametrize("config", [{"tokens": 64}, 64, "fast", PruningConfig])
+@pytest.mark.parametrize("config", [64, "fast", PruningConfig, [("tokens", 64)]])
 def test_config_of_another_type(config):
-    with pytest.raises(ConfigError, match=f"config must be a PruningConfig or None, got {type(config).__name__}"):
+    said = f"config must be a PruningConfig, a dict of its fields or None, got {type(config).__name__}"
+    with pytest.raises(ConfigError, match=said):
         make_config(config, {})
+
+
+@pytest.mark.parametrize("kind", [dict, MappingProxyType])
+def test_a_dict_is_a_config(kind):
+    given = kind({"tokens": 64, "seed": 3})
+    assert make_config(given, {}) == PruningConfig(tokens=64, seed=3)
+    assert make_config(given, {"ratio": 0.5}) == PruningConfig(ratio=0.5, seed=3)
+    assert given == {"tokens": 64, "seed": 3}
+    assert make_config({}, {}) == PruningConfig()
+    with pytest.raises(ConfigError, match=r"unknown option 'token'; did you mean 'tokens'\?"):
+        make_config(kind({"token": 64}), {})
+    with pytest.raises(ConfigError, match="unknown option 64"):
+        make_config(kind({64: "tokens"}), {})
+    with pytest.raises(ConfigError, match="tokens must be an int >= 1, got 0"):
+        make_config(kind({"tokens": 0}), {})

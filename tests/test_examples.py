@@ -31,12 +31,12 @@ from retention import ALONE, TEXT, Cell, base
 QUESTIONS = EXAMPLES / "testbed" / "demo.json"
 
 
-def run(script: str, *arguments: object) -> str:
+def run(script: str, *arguments: object, cwd: Path = ROOT) -> str:
     """Run an example as a user would, without a network; its output."""
     # one thread: shapes this small gain nothing from more, which wait for each other where the machine is busy
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLES / script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -63,7 +63,9 @@ def test_quickstart() -> None:
 
 def test_demo(tmp_path: Path) -> None:
     questions = json.loads(QUESTIONS.read_text())["questions"]
-    output = run("demo.py", "--runs", 1, "--output", tmp_path / "demo.png")
+    shipped = (EXAMPLES / "results" / "demo.png").read_bytes()
+    output = run("demo.py", "--runs", 1, cwd=tmp_path)
+    assert (EXAMPLES / "results" / "demo.png").read_bytes() == shipped, "a run must not change what git knows"
     for question in questions:
         assert f"{question['question']}  (truth: {question['answer']})" in output
     found = [line.split() for line in output.splitlines()]
@@ -74,7 +76,7 @@ def test_demo(tmp_path: Path) -> None:
     assert all(len(line) >= 3 for line in by_name["answer"])
     assert all(line[2:4] == ["576", "117"] for line in by_name["visual"])
     assert all(float(line[-2].removesuffix("x")) > 5 for line in by_name["KV"])
-    check_figure(tmp_path / "demo.png")
+    check_figure(tmp_path / "runs" / "demo.png")
 
 
 @pytest.fixture(scope="module")

@@ -257,6 +257,70 @@ def _one_of_two(rank, family, store):
     dist.destroy_process_group()
 
 
+@every
+def test_a_later_wrapper_outlives_the_patch(family):
+    """What somebody put around a method that we wrapped stays theirs; ours goes from under it."""
+    model, scene = make(family, dtype=torch.float32, which=SEVERAL)
+    base = lp_patch.registry.find_parts(model).base
+    encode = lp_patch.registry.find_parts(model).modalities[0].encode
+    calls = []
+
+    def logits(through=True):
+        calls.clear()
+        with torch.no_grad():
+            found = model(**scene.forward()).logits
+        assert bool(calls) == through
+        return found
+
+    plain = logits(through=False)
+    lp_patch.apply(model, tokens=4, layer=2)
+    ours = getattr(base, encode)
+
+    def theirs(*args, **kwargs):
+        calls.append(1)
+        return ours(*args, **kwargs)
+
+    setattr(base, encode, theirs)
+    assert not torch.equal(logits(), plain)
+    with pytest.warns(UserWarning, match=f"{type(base).__name__}.{encode} was wrapped or replaced after lp_patch"):
+        lp_patch.remove(model)
+    assert not lp_patch.is_applied(model)
+    assert getattr(base, encode) is theirs
+    assert torch.equal(logits(), plain)
+    # a new patch goes around theirs, and off again
+    with lp_patch.applied(model, tokens=4, layer=2):
+        assert not torch.equal(logits(), plain)
+    assert getattr(base, encode) is theirs
+    assert torch.equal(logits(), plain)
+    # they take their own away
+    setattr(base, encode, ours)
+    with lp_patch.applied(model, tokens=4, layer=2):
+        assert not torch.equal(logits(through=False), plain)
+    assert torch.equal(logits(through=False), plain)
+
+
+TELLING = {"llava", "llava_next", "video_llava", "internvl"}  # their configs say how many tokens a picture has at least
+
+
+@every
+def test_a_budget_that_no_picture_could_keep_to_is_refused_at_apply(family):
+    model, scene = make(family, dtype=torch.float32, which=(1,))
+    parts = lp_patch.registry.find_parts(model)
+    fewest = parts.adapter.fewest and parts.adapter.fewest(parts.model.config)
+    assert (fewest is not None) == (family in TELLING)
+    options = {"scorer": "none", "layer": len(parts.layers) - 1}
+    if fewest is None:
+        with lp_patch.applied(model, tokens=1, **options):
+            return
+    assert fewest <= min(len(x) for row in scene.visual for x in row)
+    used_up = options["layer"] * fewest // len(parts.layers)
+    with pytest.raises(lp_patch.ConfigError, match=rf"\(tokens={used_up + 1} for an input of {fewest}\)"):
+        lp_patch.apply(model, tokens=used_up, **options)
+    assert not lp_patch.is_applied(model)
+    with lp_patch.applied(model, tokens=used_up + 1, **options), lp_patch.applied(model, tokens=1):
+        pass
+
+
 @mostly_long("qwen2_5_vl")
 def test_compile(family):
     model, scene = make(family, torch.float32, seed=22)

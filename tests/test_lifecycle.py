@@ -6,6 +6,7 @@ import inspect
 import io
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from test_forward import make_pruner
 from tiny import CACHE, WIDTH, batch, images, tiny_llava, tokens
 
 import lp_patch
+from lp_patch.install import Installation, forget_compiled
 
 OPTIONS = [{}, {"scorer": "cls", "tokens": 5}, {"stage_ratio": 1.0}, {"scorer": "learned", "final_wipe_layer": 4}]
 
@@ -114,7 +116,8 @@ def test_an_error_while_installing_leaves_nothing(monkeypatch):
         ({"pruner": lp_patch.LearnablePruner(WIDTH + 1)}, lp_patch.PrunerError),
         ({"pruner": 7}, lp_patch.PrunerError),
         ({"pruner": make_pruner(), "scorer": "cls"}, lp_patch.ConfigError),
-        ({"config": {"tokens": 5}}, lp_patch.ConfigError),
+        ({"config": {"token": 5}}, lp_patch.ConfigError),
+        ({"scorer": "none", "tokens": 12}, lp_patch.ConfigError),  # two of six layers on 36 tokens
     ]:
         with pytest.raises(error):
             lp_patch.apply(model, **wrong)
@@ -136,6 +139,16 @@ def test_a_failed_apply_keeps_the_patch_that_was_there():
         lp_patch.apply(model, tokens=-1)
     assert lp_patch.is_applied(model) and patch.active
     assert answer(model) == generated(model, tokens(3, "image", 9), images(1), 4, tokens=5)
+
+
+def test_a_dict_of_options_patches_like_the_options():
+    model = tiny_llava()
+    with lp_patch.applied(model, tokens=5, scorer="cls") as patch:
+        want, config = answer(model), patch.config
+    assert lp_patch.apply(model, {"tokens": 5, "scorer": "cls"}).config == config
+    assert answer(model) == want
+    with lp_patch.applied(model, {"tokens": 9}, tokens=5, scorer="cls") as patch:
+        assert answer(model) == want and patch.config == config
 
 
 def test_context_manager_removes_after_an_exception():
@@ -329,6 +342,95 @@ def test_compile_does_not_miss_a_later_patch():
             torch.testing.assert_close(compiled(**inputs).logits, want)
             assert len(patch.trace.stage1[0]) == 9
         torch.testing.assert_close(compiled(**inputs).logits, plain)
+
+
+class Counter:
+    """A compiler back-end that compiles nothing and counts how often it is asked."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def __call__(self, graph, inputs):
+        self.asked += 1
+        return graph.forward
+
+
+def test_compile_forgets_this_model_alone():
+    model, counter = tiny_llava(dtype=torch.float32, layers=2), Counter()
+    other, scale = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.GELU()), torch.tensor(2.0)
+    unrelated = [torch.compile(x, backend=counter) for x in (other, lambda x: scale * x)]
+    # the hook that prunes here stands inside one graph of the whole decoder: no guard looks at it
+    compiled = torch.compile(model, backend="eager", dynamic=False)
+    inputs = inputs_for(model)
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        torch.testing.assert_close(compiled(**inputs).logits, plain)
+        for run in unrelated:
+            run(torch.ones(1, 2))
+        assert counter.asked == 2
+        with lp_patch.applied(model, tokens=5, stage_ratio=1) as patch:
+            want = model(**inputs).logits
+            torch.testing.assert_close(compiled(**inputs).logits, want)
+            assert patch.trace.tokens_per_layer == [[5] * 2]
+        torch.testing.assert_close(compiled(**inputs).logits, plain)
+        for run in unrelated:
+            run(torch.ones(1, 2))
+        assert counter.asked == 2, "an unrelated function was compiled again"
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_hook_inside_a_compiled_function_is_noticed(known, monkeypatch):
+    """Whoever compiled it, and where another torch keeps its guards otherwise."""
+    import torch._dynamo.eval_frame as eval_frame
+
+    class Inner(torch.nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    class Outer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inners = torch.nn.ModuleList([Inner()])
+
+        def forward(self, x):
+            for inner in self.inners:
+                x = inner(x)
+            return x
+
+    if not known:
+        monkeypatch.delattr(eval_frame, "_debug_get_cache_entry_list")
+    outer, installation, x = Outer(), Installation(), torch.ones(2)
+    run = torch.compile(lambda x: 3 * outer(x), backend="eager")
+    assert run(x).tolist() == [6, 6]
+    installation.before(outer.inners[0], lambda module, args, kwargs: ((args[0] + 1,), kwargs))
+    forget_compiled(outer)
+    assert run(x).tolist() == [9, 9]
+    installation.remove()
+    forget_compiled(outer)
+    assert run(x).tolist() == [6, 6]
+
+
+def test_a_disabled_wrapper_stays_so_in_copies():
+    module = torch.nn.Linear(2, 2)
+    installation = Installation()
+    installation.wrap(module, "extra_repr", _shout)
+    ours = module.extra_repr
+    assert ours() == "IN_FEATURES=2, OUT_FEATURES=2, BIAS=TRUE"
+    assert copy.deepcopy(module).extra_repr() == ours()
+    module.extra_repr = partial(_ask, ours)
+    with pytest.warns(UserWarning, match=r"Linear\.extra_repr"):
+        installation.remove()
+    assert module.extra_repr() == "in_features=2, out_features=2, bias=True?"
+    for twin in (copy.copy(ours), copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert twin() == "in_features=2, out_features=2, bias=True"
+
+
+def _ask(method):
+    return method() + "?"
+
+
+def _shout(wrapped, instance, args, kwargs):
+    return wrapped(*args, **kwargs).upper()
 
 
 def test_images_that_go_unpruned_are_announced_once():

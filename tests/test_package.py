@@ -43,10 +43,12 @@ before = state()
 import lp_patch, lp_patch.adapters
 after = state()
 
+torch.manual_seed(0)
 size = dict(hidden_size=16, intermediate_size=16, num_attention_heads=2)
 model = LlavaForConditionalGeneration(LlavaConfig(
     vision_config=CLIPVisionConfig(num_hidden_layers=2, image_size=56, patch_size=14, **size),
-    text_config=LlamaConfig(num_hidden_layers=4, vocab_size=40, pad_token_id=0, **size),
+    # a random model must not stop at random
+    text_config=LlamaConfig(num_hidden_layers=4, vocab_size=40, pad_token_id=0, eos_token_id=None, **size),
     image_token_id=1,
 )).eval()
 prompt = dict(input_ids=torch.tensor([[5] + [1] * 16 + [6, 7]]), pixel_values=torch.randn(1, 3, 56, 56))

@@ -1,5 +1,7 @@
 """What the documents say is so: snippets run, tables come from the files, names and commands exist."""
 
+import ast
+import configparser
 import dataclasses
 import re
 import sys
@@ -56,6 +58,28 @@ def test_commands_and_files_exist():
     tree = README.split("lp_patch/\n")[1].split("```")[0]
     listed = set(re.findall(r"(\w+\.py)", tree))
     assert listed == {path.name for path in (ROOT / "lp_patch").glob("*.py") if not path.name.startswith("_")}
+
+
+def imported(path):
+    """Packages that a file imports, by their names among the requirements."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.add(node.module.partition(".")[0])
+    return {"pillow" if name == "PIL" else name for name in found - set(sys.stdlib_module_names) - {"lp_patch"}}
+
+
+def test_what_is_installed_is_enough_for_the_script_after_it():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = setup["options.extras_require"]
+    lines = re.findall(r"pip install \"?\.(?:\[(\w+)\])?\"?.*?python (examples/\w+\.py)", README, re.DOTALL)
+    assert [script for _, script in lines] == ["examples/quickstart.py", "examples/train_pruner.py"]
+    for extra, script in lines:
+        required = setup["options"]["install_requires"] + (extras[extra] if extra else "")
+        assert imported(ROOT / script) <= set(re.findall(r"^[\w-]+", required, re.MULTILINE)), script
 
 
 def test_every_cell_of_the_tables_is_a_test():

@@ -1,13 +1,16 @@
 """Which models are found, how their wrappers are seen through, and what each refusal says."""
 
 import copy
+import re
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
 from tiny import IMAGE, LAYERS, WIDTH, tiny_llava
 from torch import nn
 from transformers import (
+    AutoProcessor,
     BertConfig,
     BertModel,
     CLIPVisionConfig,
@@ -16,6 +19,9 @@ from transformers import (
     LlavaModel,
     MistralConfig,
     Qwen2Config,
+    Trainer,
+    TrainingArguments,
+    pipeline,
 )
 
 import lp_patch
@@ -36,6 +42,7 @@ def fresh(monkeypatch):
     """A registry that has read nothing yet, and stands for the packages installed."""
     points = []
     monkeypatch.setattr(registry, "_adapters", {})
+    monkeypatch.setattr(registry, "_broken", {})
     monkeypatch.setattr(registry, "_loaded", False)
     monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "lp_patch.adapters" else [])
     return points
@@ -44,10 +51,14 @@ def fresh(monkeypatch):
 class Point:
     """An installed package's entry point."""
 
-    def __init__(self, found):
-        self.found = found
+    value = "my_vlm:ADAPTER"
+
+    def __init__(self, found, name="mine"):
+        self.found, self.name = found, name
 
     def load(self):
+        if isinstance(self.found, Exception):
+            raise self.found
         return self.found
 
 
@@ -113,6 +124,31 @@ def test_no_model_at_all(thing):
     with pytest.raises(UnsupportedModelError, match=r"needs a vision-language model \(an nn\.Module\), got ") as error:
         lp_patch.apply(thing)
     assert type(thing).__name__ in str(error.value)
+
+
+def test_what_is_mistaken_for_a_model_says_the_next_step(model):
+    testbed = Path(__file__).parent.parent / "examples" / "testbed" / "model"
+    processor = AutoProcessor.from_pretrained(testbed)
+    read = "That prepares inputs: give the model that reads them"
+    whole = "has no vision_config: if it is a part of a vision-language model, give the whole model"
+    pipe = pipeline("image-text-to-text", model=model, processor=processor)
+    for thing, said in [
+        ("org/name", "Load it first: AutoModelForImageTextToText.from_pretrained('org/name')"),
+        (Path("folder"), "Load it first: AutoModelForImageTextToText.from_pretrained('folder')"),
+        (pipe, "Give the model that this ImageTextToTextPipeline holds: its .model"),
+        (Trainer(model, TrainingArguments(report_to=[])), "Give the model that this Trainer holds: its .model"),
+        (processor, read),
+        (processor.tokenizer, read),
+        (processor.image_processor, read),
+        (type(model), "That is a class: give an instance"),
+        (model.model.language_model, whole),
+        (model.model.vision_tower, whole),
+        (model.model.multi_modal_projector, whole),
+        (model.lm_head, whole),
+    ]:
+        for call in (lp_patch.apply, find_parts):
+            with pytest.raises(UnsupportedModelError, match=re.escape(said)):
+                call(thing)
 
 
 @pytest.mark.parametrize(
@@ -269,17 +305,29 @@ def test_entry_points_of_installed_packages(fresh):
     assert lp_patch.supported()["mine"] == "Mine"
 
 
-@pytest.mark.parametrize(
-    ("found", "match"),
-    [
-        ("no adapter", "entry point of the group 'lp_patch.adapters' must name an Adapter, got 'no adapter'"),
-        (mine("llava"), "two adapters for the model type 'llava'"),
-    ],
-)
-def test_bad_entry_point_says_so_each_time(fresh, found, match):
-    fresh.append(Point(found))
-    for _ in range(2):
-        with pytest.raises(ConfigError, match=match):
-            lp_patch.supported()
-    fresh.clear()
-    assert set(lp_patch.supported()) == set(registry.BUILT_IN)
+BROKEN = [
+    (ImportError("no module named vlm"), "mine", "ImportError: no module named vlm"),
+    (TypeError("Adapter() got an unexpected argument"), "mine", "TypeError: Adapter.. got an unexpected argument"),
+    ("no adapter", "mine", "ConfigError: an entry point must name an lp_patch.Adapter, got 'no adapter'"),
+    (mine("qwen2_vl"), "qwen2_vl", "ConfigError: two adapters for the model type 'qwen2_vl'"),
+]
+
+
+@pytest.mark.parametrize(("found", "claimed", "match"), BROKEN, ids=[str(x[0])[:12] for x in BROKEN])
+def test_a_broken_entry_point_costs_its_own_type_alone(fresh, model, found, claimed, match):
+    fresh += [Point(found), Point(mine("another"), "another")]
+    said = rf"entry point 'mine' \(my_vlm:ADAPTER\) .* is broken, so models of type '{claimed}' cannot be .*: {match}"
+    with pytest.warns(UserWarning, match=said) as caught:
+        supported = lp_patch.supported()
+        lp_patch.supported()
+        with lp_patch.applied(model, tokens=5):
+            pass
+    assert len(caught) == 1
+    assert set(supported) == {*registry.BUILT_IN, "another"}
+    model.config.model_type = claimed
+    with pytest.raises(UnsupportedModelError, match=f"package has for the model type '{claimed}' is broken: ") as error:
+        lp_patch.apply(model)
+    assert isinstance(error.value.__cause__, Exception)
+    if claimed == "mine":
+        lp_patch.register(mine())  # by hand, it is whole
+        assert find_parts(model).adapter.family == "Mine"

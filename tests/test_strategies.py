@@ -5,6 +5,7 @@ import itertools
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 import lp_patch
-from lp_patch import ConfigError, LearnablePruner, UnsupportedInputError, select, strategies
+from lp_patch import ConfigError, LearnablePruner, UnsupportedInputError, registry, select, strategies
 from lp_patch.strategies import (
     SCORERS,
     TEXT_SCORERS,
@@ -642,8 +643,10 @@ def test_what_cannot_act_is_refused(options, message):
     assert not lp_patch.is_applied(model)
 
 
-def test_a_budget_that_the_first_layers_use_up_is_refused_and_the_next_prompt_runs():
+def test_a_budget_that_the_first_layers_use_up_is_refused_and_the_next_prompt_runs(monkeypatch):
     model = tiny_llava()
+    told = registry.find_parts(model).adapter
+    monkeypatch.setitem(registry._adapters, "llava", replace(told, fewest=None))  # as where pictures differ in size
     with lp_patch.applied(model, scorer="none", text_scorer="fastv", tokens=12) as patch, torch.no_grad():
         with pytest.raises(ConfigError, match=r"a ratio above 0\.3333 \(tokens=13 for an input of 36\), or a smaller"):
             model(**inputs_for(model))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from oracle import expected, generated
 from test_forward import make_pruner
-from tiny import V5, N, batch, images, tiny_llava, tokens
+from tiny import N, batch, images, tiny_llava, tokens
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import flash_attention_mask
 from transformers.modeling_flash_attention_utils import _is_packed_sequence
@@ -366,7 +366,6 @@ def test_bitsandbytes_4_bit(tmp_path):
             assert torch.equal(model(**inputs).logits, plain)
 
 
-@pytest.mark.skipif(not V5, reason="the testbed's processor is one of transformers 5")
 def test_pipeline_with_the_trained_testbed():
     """`pipeline("image-text-to-text")` around a patched model answers as generate() does."""
     from pathlib import Path

@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from vocabulary import words
+from vocabulary import SPECIAL, words
 
 VISION = 192
 TEXT = 256
@@ -30,6 +30,7 @@ MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CHAT_TEMPLATE = (
+    "{{ bos_token }}"
     "{% for message in messages %}"
     "{% if message['role'] == 'user' %}USER: {% else %}ASSISTANT: {% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -43,12 +44,18 @@ CHAT_TEMPLATE = (
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A lower-case word-level tokenizer; a plural is its singular and a suffix."""
+    """A lower-case word-level tokenizer; a plural is its singular and a suffix.
+
+    A prompt gets exactly one <s>, whoever makes it: rendered by the chat template or written by hand, tokenised with
+    `add_special_tokens` or, as servers do, without. So the normaliser sets it, not a post-processor.
+    """
     vocabulary = {word: index for index, word in enumerate(words())}
     backend = Tokenizer(models.WordPiece(vocabulary, unk_token="<unk>", continuing_subword_prefix="##"))
-    backend.normalizer = normalizers.Lowercase()
+    one_start = normalizers.Replace(Regex(r"\A(<s>)?user:"), "<s>user:")
+    backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), one_start])
+    # normalised, that is looked for after it: each would else begin a text of its own for \A
+    backend.add_special_tokens([AddedToken(word, normalized=True, special=True) for word in SPECIAL])
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         bos_token="<s>",
@@ -56,6 +63,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         pad_token="<pad>",
         padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
         extra_special_tokens={"image_token": "<image>"},
     )
 

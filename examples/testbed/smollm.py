@@ -22,6 +22,7 @@ import numpy as np
 import questions
 import torch
 import transformers
+from export import make_readable
 from language import answer, by_type, tally
 from network import DEVICE, GRID, MEAN, PATCHES, STD, Master, cosine
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -298,8 +299,11 @@ def make_model(shipped: Path, folder: Path) -> None:
     model.save_pretrained(folder)
     processor = network.processor()
     processor.tokenizer = tokenizer()
-    processor.chat_template = network.CHAT_TEMPLATE.replace("</s>", processor.tokenizer.eos_token)
+    # trained without a start token
+    template = network.CHAT_TEMPLATE.removeprefix("{{ bos_token }}")
+    processor.chat_template = template.replace("</s>", processor.tokenizer.eos_token)
     processor.save_pretrained(folder)
+    make_readable(folder)
     if (shipped / "lp_patch_pruner").is_dir():
         shutil.copytree(shipped / "lp_patch_pruner", folder / "lp_patch_pruner", dirs_exist_ok=True)
     print(f"{folder}: {sum(x.numel() for x in model.parameters()) / 1e6:.1f} M parameters")

@@ -221,7 +221,7 @@ class GatedModel(nn.Module):
         self._gate = Gate(parts, self.pruner, difference)
         self._installation = Installation()
         self._gate.install(self._installation)
-        forget_compiled()
+        forget_compiled(parts.model)
 
     @property
     def has_lora(self) -> bool:
@@ -231,7 +231,7 @@ class GatedModel(nn.Module):
     def remove(self) -> None:
         """Take the gate off the model, bit for bit."""
         self._installation.remove()
-        forget_compiled()
+        forget_compiled(self._gate.parts.model)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
