@@ -413,7 +413,7 @@ def main() -> None:
     sheet = Sheet(args.output, args.seconds, args.device)
 
     def wanted(name: str) -> bool:
-        return not args.only or any(word in name for word in args.only)
+        return not args.only or any(word in name or name in word for word in args.only)
 
     def setting(kind: str, count: int, kept: int, batch: int, scorer: str) -> dict[str, Any]:
         sheet.setting = {"model": kind, "visual_tokens": count, "kept": kept, "batch": batch, "scorer": scorer}
