@@ -1,5 +1,6 @@
 """Tiny random models of LLaVA's relatives, with pictures of several shapes and videos: nothing is downloaded."""
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -164,7 +165,8 @@ def row(model, *prompt, seed=0):
         shown["pixel_values"] = torch.stack([torch.cat(x) for x in zip(images, blank, strict=True)])
         shown["image_sizes"] = torch.tensor(sizes)
     elif images:
-        shown["pixel_values"] = torch.cat(images)
+        named = set(inspect.signature(model.forward).parameters)
+        shown["pixel_values_images" if "pixel_values_images" in named else "pixel_values"] = torch.cat(images)
     if videos:
         shown["pixel_values_videos"] = torch.cat(videos)
     return counted(model, Row(ids, groups, [], shown))
@@ -227,7 +229,7 @@ def joined(rows):
 def together(rows):
     """The pixel arguments of all rows."""
     shown = {}
-    for name in ("pixel_values", "image_sizes", "pixel_values_videos"):
+    for name in ("pixel_values", "pixel_values_images", "image_sizes", "pixel_values_videos"):
         own = [x.shown[name] for x in rows if name in x.shown]
         if own and own[0].dim() == 5:  # the number of tiles differs, and the model ignores what is too many
             most = max(x.shape[1] for x in own)
