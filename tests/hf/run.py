@@ -1,0 +1,90 @@
+"""transformers' own model tests, on stock and on patched models: what the patch breaks must be listed with a reason.
+
+The tests are the ModelTesterMixin in the source distribution of the transformers that is installed, fetched from the
+package index; its generation mixin and its families' own files are not in there. Three runs over our tiny families:
+stock; at full budget, where a failure that the stock model does not have and `KNOWN` does not list makes this script
+fail; and pruned, for information, since a test that compares outputs may rightly see a difference.
+
+    python tests/hf/run.py [family ...]
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+
+HERE = Path(__file__).parent
+FAMILIES = ["llava", "llava_next", "qwen2_5_vl", "qwen3_vl", "internvl", "idefics3", "mistral3", "video_llava"]
+RUNS = {"stock": "", "full budget": "1.0", "pruned": "0.5"}
+
+# test -> why it fails at full budget
+KNOWN: dict[str, str] = {}
+
+
+def fetch(folder):
+    """The tests of the installed version, in `folder`, fetched once."""
+    wanted, tests = f"transformers=={version('transformers')}", folder / "tests"
+    if not (tests / "__init__.py").exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", "transformers"]
+        subprocess.run([*pip, "--dest", str(folder), wanted], check=True)
+        (archive,) = folder.glob("*.tar.gz")
+        with tarfile.open(archive) as source:
+            for member in source:
+                path = Path(member.name)
+                if path.parts[1:2] == ("tests",) and path.suffix == ".py":
+                    member.name = str(Path(*path.parts[1:]))
+                    source.extract(member, folder, filter="data")
+        (tests / "__init__.py").touch()
+
+
+def run(name, families, folder):
+    """Test -> outcome of one run."""
+    out = folder / f"{name.replace(' ', '_')}.json"
+    out.unlink(missing_ok=True)
+    paths = [str(folder), str(HERE.parents[1])]
+    env = {
+        **os.environ,
+        "LP_PATCH_HF_RATIO": RUNS[name],
+        "LP_PATCH_HF_FAMILIES": " ".join(families),
+        "LP_PATCH_HF_OUTCOMES": str(out.resolve()),
+        "PYTHONPATH": os.pathsep.join(str(Path(path).resolve()) for path in paths),
+        "OMP_NUM_THREADS": "1",  # tiny models run many times slower with more
+        "HF_HUB_OFFLINE": "1",
+    }
+    with out.with_suffix(".log").open("w") as log:
+        command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), str(HERE)]
+        subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
+    if not out.exists():
+        raise SystemExit(f"the run {name!r} did not end: see {out.with_suffix('.log')}")
+    return json.loads(out.read_text())
+
+
+def main(families):
+    folder = Path("runs/hf") / version("transformers")
+    folder.mkdir(parents=True, exist_ok=True)
+    fetch(folder)
+    outcomes = {name: run(name, families, folder) for name in RUNS}
+    if not outcomes["stock"] or any(x.keys() != outcomes["stock"].keys() for x in outcomes.values()):
+        raise SystemExit(f"the runs did not see the same tests, or none: see the logs in {folder}")
+    for name, seen in outcomes.items():
+        for family in families:
+            count = Counter(what for test, what in seen.items() if test.startswith(f"Test_{family}::"))
+            print(f"{family:12} {name:12}", ", ".join(f"{count[what]} {what}" for what in ("passed", "failed", "skipped")))
+    new = {
+        name: sorted(x for x, what in seen.items() if what == "failed" != outcomes["stock"][x])
+        for name, seen in outcomes.items()
+    }
+    for test in new["pruned"]:
+        print("pruned only:" if test not in new["full budget"] else "both:", test)
+    unlisted = [test for test in new["full budget"] if test.split("::")[1] not in KNOWN and test not in KNOWN]
+    for test in new["full budget"]:
+        print("NEW at full budget:" if test in unlisted else "known at full budget:", test)
+    return 1 if unlisted else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:] or FAMILIES))
