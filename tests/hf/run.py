@@ -89,7 +89,10 @@ def main(families):
         ("FAILS AT FULL BUDGET, without one", unlisted),
     ):
         print(title, *(tests or ["-"]), sep="\n  ")
-    return 1 if unlisted else 0
+    stale = KNOWN.keys() - {test.split("::")[1] for test in known}
+    if stale:
+        print("listed in KNOWN, but no failure: take it off, or the patch was not on:", *sorted(stale))
+    return 1 if unlisted or stale else 0
 
 
 if __name__ == "__main__":
