@@ -48,18 +48,18 @@ def run(name, families, folder):
     """Test -> outcome of one run."""
     out = folder / f"{name.replace(' ', '_')}.json"
     out.unlink(missing_ok=True)
-    paths = [str(folder), str(HERE.parents[1])]
+    paths = [folder, HERE, HERE.parents[1]]
     env = {
         **os.environ,
         "LP_PATCH_HF_RATIO": RUNS[name],
         "LP_PATCH_HF_FAMILIES": " ".join(families),
         "LP_PATCH_HF_OUTCOMES": str(out.resolve()),
-        "PYTHONPATH": os.pathsep.join(str(Path(path).resolve()) for path in paths),
+        "PYTHONPATH": os.pathsep.join(str(path.resolve()) for path in paths),
         "OMP_NUM_THREADS": "1",  # tiny models run many times slower with more
         "HF_HUB_OFFLINE": "1",
     }
     with out.with_suffix(".log").open("w") as log:
-        command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), str(HERE)]
+        command = [sys.executable, "-m", "pytest", "-c", str(HERE / "pytest.ini"), "-p", "outcomes", str(HERE)]
         subprocess.run(command, env=env, stdout=log, stderr=subprocess.STDOUT, check=False)
     if not out.exists():
         raise SystemExit(f"the run {name!r} did not end: see {out.with_suffix('.log')}")

@@ -1,4 +1,4 @@
-"""Writes each test's outcome; a test of which a part fails has failed."""
+"""A pytest plugin of `run.py`: writes each test's outcome; a test of which a part fails has failed."""
 
 import json
 import os
