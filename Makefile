@@ -22,8 +22,13 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2
 
-test-long: .venv/ready
+test-long: .venv/ready test-transformers
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "" --timeout 1800
+
+# transformers' own model tests on stock, patched and pruned models; FAMILIES="llava ..." for others than the default
+.PHONY: test-transformers
+test-transformers: .venv/ready
+	$(BIN)/python tests/hf/run.py $(FAMILIES)
 
 .venv/transformers-%: .venv/ready
 	$(BIN)/pip install --quiet --target $@ "transformers==$*"

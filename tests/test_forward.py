@@ -185,10 +185,24 @@ def test_logits_to_keep_and_tuples():
 
 def test_image_features_shown_are_the_survivors():
     model = tiny_llava()
+    inputs = batch([tokens(3, "image", 9)], images(1))
     with lp_patch.applied(model, tokens=5) as patch, torch.no_grad():
-        out = model(**batch([tokens(3, "image", 9)], images(1)))
-    assert features_shown(out).shape[0] == len(patch.trace.stage1[0])
-    assert features_shown(out).isfinite().all()
+        out = model(**inputs)
+        outputs = [model(**inputs, return_dict=False), model.model(**inputs, return_dict=False)]
+    shown = features_shown(out)
+    assert shown.shape[0] == len(patch.trace.stage1[0])
+    assert shown.isfinite().all()
+    for output in outputs:
+        held = [x for x in _tensors(output) if x.shape[-1] == shown.shape[-1]]
+        assert all(x.isfinite().all() for x in held)
+        assert any(torch.equal(x, shown) for x in held)
+
+
+def _tensors(value):
+    """Every tensor in nested tuples and lists."""
+    if isinstance(value, (tuple, list)):
+        return [x for part in value for x in _tensors(part)]
+    return [value] if isinstance(value, torch.Tensor) else []
 
 
 def test_gradients_flow_through_the_survivors():
