@@ -223,8 +223,6 @@ class Engine(EarlyStage):
         if plan.cuts:
             forward.weights = weigh_queries(forward, prompt, asking is not None)
         ids = self._position_ids(kwargs, length, embeds.device)
-        if self.parts.true_positions:
-            forward.true_ids = ids
         shift = kv.shift_of(cache)
         if compact:
             ids = ids if shift is None else ids - shift.to(ids.device)
@@ -232,6 +230,8 @@ class Engine(EarlyStage):
             forward.gone = (visual & ~left_mask(cut.where, length)).cumsum(dim=1)
             shift = forward.gone[:, -1:] + (0 if shift is None else shift.to(embeds.device))
         forward.shift = shift
+        if self.parts.true_positions:
+            forward.true_ids = ids
         shortened = take(embeds, cut.index)
         if cut.valid is not None:
             # padding slots point at any row, and what was not projected is NaN, which would spread through attention

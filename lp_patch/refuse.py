@@ -52,7 +52,7 @@ def check_call(parts: Parts, plan: Plan, prompt: Prompt, kwargs: dict, compact: 
             'positions="compact" numbers the survivors consecutively, but the given position_ids have gaps: use '
             'positions="original", or leave position_ids out'
         )
-    if parts.true_positions and not compact and "flash" in (parts.language_model.config._attn_implementation or ""):
+    if parts.true_positions and "flash" in (parts.language_model.config._attn_implementation or ""):
         raise UnsupportedInputError(
             f"the layers of {type(parts.language_model).__name__} compute with position ids, and FlashAttention takes "
             'the gaps in those of the survivors for packed sequences: use model.set_attn_implementation("sdpa")'
