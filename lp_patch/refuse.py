@@ -92,7 +92,7 @@ def check_mask(mask: Any, cache: Any, new: int) -> None:
 
 
 def _full_mask(mask: Any, cache: Any) -> Any:
-    """Of the masks by layer type that generate() may bring for a static cache that of full attention; None: all real."""
+    """Of the masks by layer type that generate() may bring for a static cache that of full attention."""
     if isinstance(mask, dict) and "full_attention" in mask and kv.is_static(cache):
         return mask["full_attention"]
     return mask

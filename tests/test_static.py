@@ -84,7 +84,7 @@ def test_one_graph(family):
 def test_after_the_patch_and_before_it(family):
     """A graph that was made without the patch is not used under it, nor the other way round."""
     model, scene = tiny(family, which=(0,))
-    config, graphs = steps()
+    config, _ = steps()
     plain = both(model, scene, config)
     with lp_patch.applied(model, **OPTIONS):
         assert both(model, scene, config).tolist() != plain.tolist()
