@@ -148,13 +148,14 @@ def test_guesses_do_not_ask(family):
 # ---------------------------------------------------------------------- patch.asking
 
 
-def last_turn(scene, rows=None):
-    """A mask for the last two tokens of each row; and the positions that it keeps quiet."""
+def last_turn(scene):
+    """A mask for the last tokens of each row, as many as its last turn has; and the positions that it keeps quiet."""
     ids = scene.inputs["input_ids"]
     mask = torch.zeros_like(ids, dtype=torch.bool)
-    mask[:, -2:] = True
+    for row, count in enumerate((3, 1, 2)):
+        mask[row, -count:] = True
     structural = scene.structural or [[] for _ in ids]
-    quiet = [sorted({*range(ids.shape[1] - 2), *own}) for own in structural]
+    quiet = [sorted({*(~own).nonzero().flatten().tolist(), *x}) for own, x in zip(mask, structural, strict=True)]
     return mask, quiet
 
 
