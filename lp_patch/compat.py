@@ -114,7 +114,8 @@ def show_survivors(output: Any, features: list[Tensor], survivors: list[Tensor])
                 return torch.cat(survivors)
             if value.dim() == 2 and len(value) == rows:
                 return torch.cat(survivors)
-        return value
+        # return_dict=False makes tuples of nested outputs too
+        return tuple(map(shown, value)) if type(value) is tuple else value
 
     if isinstance(output, tuple):
         return tuple(map(shown, output))
