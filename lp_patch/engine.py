@@ -117,6 +117,8 @@ class Engine(EarlyStage):
         """Cut what is removed out of the sequence, or tell the layers what a pruned cache holds."""
         if not is_static_step(args, kwargs):
             return self._begin(args, kwargs)
+        if not self.state.held and kv.is_pruned(cache_in(kwargs)):
+            self._hold()  # pruned under another patch
         return static_step(module.config, args, kwargs)
 
     @torch.compiler.disable
