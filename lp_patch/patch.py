@@ -1,5 +1,6 @@
 """Install, remove, look: the life of a patch on one model instance."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -170,6 +171,13 @@ def apply(
     if earlier is not None:
         earlier.remove()
     patch._install()
+    if not hasattr(parts.model, "generate"):
+        warnings.warn(
+            f"{type(parts.model).__name__} is patched without its head: where a whole model generates with it, lp_patch "
+            "cannot tell the prompt from what was generated, which then asks too (without a cache, and guesses of "
+            "assisted decoding). To generate, patch the whole model",
+            stacklevel=2,
+        )
     return patch
 
 

@@ -132,25 +132,33 @@ def test_guessing_by_copies_and_by_the_model_itself(family):
 
 @families
 def test_a_patch_on_the_model_without_its_head(family):
-    """Generation with the whole model: right, or refused."""
+    """Right for what can be told there; a warning for what cannot."""
     model, scene = make(family, which=(0,), seed=108)
     with lp_patch.applied(model, **OPTIONS):
-        want, said, lookup = forward(model, scene), generate(model, scene), {"prompt_lookup_num_tokens": 3}
-        uncached = generate(model, scene, use_cache=False)
-    assert said == uncached
-    with lp_patch.applied(model.model, **OPTIONS):
-        assert torch.equal(forward(model, scene), want)
-        for options in ({}, {"use_cache": False}, lookup):
-            assert generate(model, scene, **options) == said, options
+        want, said = forward(model, scene), generate(model, scene)
+    with pytest.warns(UserWarning, match="is patched without its head.*To generate, patch the whole model"):
+        lp_patch.apply(model.model, **OPTIONS)
+    assert torch.equal(forward(model, scene), want)
+    assert generate(model, scene) == said
 
 
 # ---------------------------------------------------------------------- a pruner's place
 
 
+class Carried(LearnablePruner):
+    """Notes where it is moved to."""
+
+    def to(self, device):
+        self.moves = [*getattr(self, "moves", []), device]
+        for x in self.parameters():
+            put(x, device)
+
+
 @families
 def test_the_pruner_follows_the_features(family):
+    """To where they are, once: not they to it in each call."""
     model, scene = make(family, seed=109)
-    pruner = LearnablePruner(lp_patch.registry.find_parts(model).width).double()
+    pruner = Carried(lp_patch.registry.find_parts(model).width).double()
     want = scene.want(model, pruner=pruner, **OPTIONS)
     for x in (*model.parameters(), *model.buffers()):
         put(x, FIRST)
@@ -158,6 +166,7 @@ def test_the_pruner_follows_the_features(family):
     with lp_patch.applied(model, **OPTIONS, pruner=pruner) as patch, Pretended():
         logits = forward(model, scene)
         again = forward(model, scene)
+    assert pruner.moves == [FIRST]
     assert [x.tolist() for x in patch.trace.stage1] == want.stage1
     torch.testing.assert_close(logits[want.left], want.logits[want.left], **CLOSE)
     assert torch.equal(again, logits)
@@ -185,7 +194,8 @@ print("fine")
 
 def test_a_patched_model_loads_in_a_fresh_process(tmp_path):
     paths = []
-    for family in ("llava", "qwen2_5_vl", "internvl", "idefics3"):
+    # LLaVA's tower in transformers 5.24 gives no hidden states where none of its class was made, patched or not
+    for family in ("qwen2_5_vl", "internvl", "idefics3"):
         model, scene = make(family, torch.float32, seed=110)
         path = tmp_path / family
         path.mkdir()
@@ -249,7 +259,9 @@ def test_a_cache_after_the_patch(family, kind, which):
     def go_on(cache, new):
         mask = torch.cat([inputs["attention_mask"], torch.ones(batch, new, dtype=torch.long)], dim=1)
         ids = torch.full((batch, new), 30)
-        return model(input_ids=ids, attention_mask=mask, **{CACHE: cache}).logits
+        places = (mask.cumsum(-1) - 1)[:, -new:]
+        places = places.expand(3, batch, new) if family.startswith("qwen") else places
+        return model(input_ids=ids, attention_mask=mask, position_ids=places, **{CACHE: cache}).logits
 
     def filled():
         found = cache()
@@ -259,8 +271,11 @@ def test_a_cache_after_the_patch(family, kind, which):
     for new in (1, 3):
         with lp_patch.applied(model, **OPTIONS):
             want, left, other = go_on(filled(), new), filled(), filled()
-        with pytest.raises(lp_patch.UnsupportedInputError, match="was filled by a patched model"):
-            go_on(left, new)
+        if kind == "dynamic" and batch == 1 and new == 1:
+            torch.testing.assert_close(go_on(left, new), want, **CLOSE)  # nobody looks at a mask
+        else:
+            with pytest.raises(lp_patch.UnsupportedInputError, match="was filled by a patched model"):
+                go_on(left, new)
         with lp_patch.applied(model, tokens=5):  # under any patch it goes on
             torch.testing.assert_close(go_on(other, new), want, **CLOSE)
         if kind == "static":
