@@ -131,6 +131,7 @@ class Engine(EarlyStage):
                 f"{' or '.join(m.encode for m in self.parts.modalities)}: nothing is pruned"
             )
         if call.merged_outside and not call.features:
+            self._check_merged(call, embeds)
             self._warn(
                 "images were encoded outside the model's forward and this call brings inputs_embeds, into which they "
                 "may be merged: lp_patch cannot tell where, and prunes nothing. Give input_ids with pixel_values, or "

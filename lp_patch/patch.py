@@ -174,8 +174,8 @@ def apply(
     if not hasattr(parts.model, "generate"):
         warnings.warn(
             f"{type(parts.model).__name__} is patched without its head: where a whole model generates with it, "
-            "lp_patch cannot tell the prompt from what was generated, which then asks too (without a cache, and guesses of "
-            "assisted decoding). To generate, patch the whole model",
+            "lp_patch cannot tell the prompt from what was generated, which then asks too (without a cache, and "
+            "guesses of assisted decoding). To generate, patch the whole model",
             stacklevel=2,
         )
     return patch
