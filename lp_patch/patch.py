@@ -23,7 +23,11 @@ from .trace import Trace
 
 
 class Patch:
-    """A patched model's handle: what was asked for, what was done, and the way back."""
+    """A patched model's handle: what was asked for, what was done, and the way back.
+
+    A pruned forward's `hidden_states` are given back in the input's length, as copies made of what the layers ran on:
+    `retain_grad()` on them finds no gradient. Take it in a hook of the layer.
+    """
 
     def __init__(self, parts: Parts, settings: Settings, compile: bool = False) -> None:
         self.config = settings.config
