@@ -101,26 +101,21 @@ def show_survivors(output: Any, features: list[Tensor], survivors: list[Tensor])
     known = {id(feature) for feature in features}
     rows = sum(len(feature) for feature in features)
 
-    def is_features(value: Any) -> bool:
-        return isinstance(value, (tuple, list)) and len(value) > 0 and known >= {id(x) for x in value}
-
     def shown(value: Any) -> Any:
         # from 5.24 on what the encoder returned, before that its features alone, in one tensor or one by one
         pooled = getattr(value, "pooler_output", None) if isinstance(value, BaseModelOutputWithPooling) else None
         if pooled is not None and not isinstance(pooled, Tensor) and known >= {id(x) for x in pooled}:
             return replace(value, pooler_output=survivors)  # a copy: the caller may hold the encoder's output
-        if is_features(value):
+        if isinstance(value, (tuple, list)) and len(value) and known >= {id(x) for x in value}:
             return type(value)(survivors)
-        # with return_dict=False what the encoder returned is a tuple too
-        if isinstance(value, tuple) and any(map(is_features, value)):
-            return tuple(type(x)(survivors) if is_features(x) else x for x in value)
         # whatever has as many rows of that width as all features are these
         if isinstance(value, Tensor) and value.shape[-1] == features[0].shape[-1]:
             if value.dim() == 3 and value.shape[:2] == (len(features), rows // len(features)):
                 return torch.cat(survivors)
             if value.dim() == 2 and len(value) == rows:
                 return torch.cat(survivors)
-        return value
+        # return_dict=False makes tuples of nested outputs too
+        return tuple(map(shown, value)) if type(value) is tuple else value
 
     if isinstance(output, tuple):
         return tuple(map(shown, output))

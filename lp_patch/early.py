@@ -138,14 +138,19 @@ class EarlyStage(Reader):
         if is_static_step(args, kwargs):
             return
         self._show_nothing()
-        if is_exporting():
-            raise UnsupportedInputError(
-                "torch.export and torch.jit.trace record one call, but a patched model decides in each call what to "
-                "keep: export the model without the patch (lp_patch.remove(model))"
-            )
+        _refuse_recording()
         super().before_base(module, args, kwargs)
 
     def before_model(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         """Labels, and what generate() made."""
         if not is_static_step(args, kwargs):
+            _refuse_recording()  # a strict export comes no further: dynamo must not look into what follows
             super().before_model(module, args, kwargs)
+
+
+def _refuse_recording() -> None:
+    if is_exporting():
+        raise UnsupportedInputError(
+            "torch.export and torch.jit.trace record one call, but a patched model decides in each call what to "
+            "keep: export the model without the patch (lp_patch.remove(model))"
+        )

@@ -119,6 +119,8 @@ class Engine(EarlyStage):
         """Cut what is removed out of the sequence, or tell the layers what a pruned cache holds."""
         if not is_static_step(args, kwargs):
             return self._begin(args, kwargs)
+        if not self.state.held and kv.is_pruned(cache_in(kwargs)):
+            self._hold()  # pruned under another patch
         return static_step(module.config, args, kwargs)
 
     @torch.compiler.disable
@@ -131,6 +133,7 @@ class Engine(EarlyStage):
                 f"{' or '.join(m.encode for m in self.parts.modalities)}: nothing is pruned"
             )
         if call.merged_outside and not call.features:
+            self._check_merged(call, embeds)
             self._warn(
                 "images were encoded outside the model's forward and this call brings inputs_embeds, into which they "
                 "may be merged: lp_patch cannot tell where, and prunes nothing. Give input_ids with pixel_values, or "
@@ -259,8 +262,6 @@ class Engine(EarlyStage):
         if weights is not None:
             forward.weights = weigh_queries(forward, prompt, weights)
         ids = self._position_ids(kwargs, length, embeds.device)
-        if self.parts.true_positions:
-            forward.true_ids = ids
         shift = kv.shift_of(cache)
         if compact:
             ids = ids if shift is None else ids - shift.to(ids.device)
@@ -268,6 +269,8 @@ class Engine(EarlyStage):
             forward.gone = (visual & ~left_mask(cut.where, length)).cumsum(dim=1)
             shift = forward.gone[:, -1:] + (0 if shift is None else shift.to(embeds.device))
         forward.shift = shift
+        if self.parts.true_positions:
+            forward.true_ids = ids
         shortened = take(embeds, cut.index)
         if cut.valid is not None:
             # padding slots point at any row, and what was not projected is NaN, which would spread through attention

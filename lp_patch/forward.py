@@ -181,11 +181,13 @@ class Forward:
         """A cut's part of the rotary embedding of the whole input, (..., B or 1, S, D) each; layers share it."""
         key = (cut.start, cut.length, *map(id, rotary))
         if key not in self._rotary:
-            index = cut.where if cut.valid is None else cut.where.clamp(min=0)
-            if self.gone is not None:
-                index = (index - self.gone.gather(1, index)).clamp(min=0)
-            self._rotary[key] = tuple(take_rows(x, index) for x in rotary)
+            self._rotary[key] = tuple(take_rows(x, self._places(cut)) for x in rotary)
         return self._rotary[key]
+
+    def _places(self, cut: Cut) -> Tensor:
+        """(B, N) int64: whose position in the whole input each token of a cut has; its own, unless it is compact."""
+        index = cut.where if cut.valid is None else cut.where.clamp(min=0)
+        return index if self.gone is None else (index - self.gone.gather(1, index)).clamp(min=0)
 
     def ids_of(self, cut: Cut) -> Tensor | None:
         """(B, N) position ids for a layer of this cut that computes with them, else None.
@@ -195,7 +197,7 @@ class Forward:
         if self.true_ids is None:
             return None
         if cut.start not in self._ids:
-            self._ids[cut.start] = self.true_ids.expand(len(cut.where), -1).gather(1, cut.where.clamp(min=0))
+            self._ids[cut.start] = self.true_ids.expand(len(cut.where), -1).gather(1, self._places(cut))
         return self._ids[cut.start]
 
 

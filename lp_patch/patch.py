@@ -1,5 +1,6 @@
 """Install, remove, look: the life of a patch on one model instance."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +23,11 @@ from .trace import Trace
 
 
 class Patch:
-    """A patched model's handle: what was asked for, what was done, and the way back."""
+    """A patched model's handle: what was asked for, what was done, and the way back.
+
+    A pruned forward's `hidden_states` are given back in the input's length, as copies made of what the layers ran on:
+    `retain_grad()` on them finds no gradient. Take it in a hook of the layer.
+    """
 
     def __init__(self, parts: Parts, settings: Settings, compile: bool = False) -> None:
         self.config = settings.config
@@ -170,6 +175,13 @@ def apply(
     if earlier is not None:
         earlier.remove()
     patch._install()
+    if not hasattr(parts.model, "generate"):
+        warnings.warn(
+            f"{type(parts.model).__name__} is patched without its head: where a whole model generates with it, "
+            "lp_patch cannot tell the prompt from what was generated, which then asks too (without a cache, and "
+            "guesses of assisted decoding). To generate, patch the whole model",
+            stacklevel=2,
+        )
     return patch
 
 

@@ -80,10 +80,14 @@ class LearnablePruner(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
     def score(self, x: Tensor) -> Tensor:
-        """Keep probability in float32: x (..., hidden), any float dtype and device -> (...)."""
-        weight = self.fc1.weight
-        with torch.autocast(weight.device.type, enabled=False):
-            return self(x.to(weight.device, weight.dtype)).float().softmax(dim=-1)[..., 1].to(x.device)
+        """Keep probability in float32: x (..., hidden), any float dtype and device -> (...).
+
+        The pruner goes to x's device, once, where it stays: features are more than weights.
+        """
+        if self.fc1.weight.device != x.device:
+            self.to(x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            return self(x.to(self.fc1.weight.dtype)).float().softmax(dim=-1)[..., 1]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``, into `folder`, made if missing.

@@ -212,6 +212,8 @@ class Reader(Asking):
         call = self._call()
         if call.encoding is not None:
             return wrapped(*args, **kwargs)  # a method for videos that calls the one for images
+        if not call.started:
+            self.state.local.outside = True  # by the caller, or by generate(), which passes the features on
         encoding = call.encoding = Encoding(arguments_of(wrapped, args, kwargs))
         self.encoding_starts(encoding)
         try:

@@ -46,6 +46,8 @@ class Pretended(TorchFunctionMode):
                 raise RuntimeError(f"tensors on different devices: {name} of {sorted(map(str, places))}")
             target = next(iter(places), CPU)
         out = func(*args, **kwargs)
+        if name == "to" and out is args[0] and target != place(out):
+            out = out.clone()  # a move makes a new tensor
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter):
                 put(x, target)
