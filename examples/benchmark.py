@@ -93,7 +93,7 @@ class Setting:
     images: int = 1
     batch: int = 1
     scorer: str = "diversity"
-    pairs: int = 5
+    pairs: int = 4
     model: str = "llava"
 
     @property
@@ -110,9 +110,9 @@ class Setting:
 SETTINGS = [
     Setting(32),
     Setting(71, model="qwen2_5_vl"),
-    Setting(576, pairs=10),
-    Setting(32, scorer="learned", pairs=3),
-    *(Setting(tokens, pairs=3) for tokens in (64, 192)),
+    Setting(576, pairs=7),
+    *(Setting(tokens, pairs=2) for tokens in (64, 192)),
+    Setting(32, scorer="learned", pairs=2),
     Setting(32, batch=4, pairs=2),
     Setting(32, images=5, pairs=2),
 ]
