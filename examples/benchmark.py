@@ -8,7 +8,8 @@ A LLaVA, whose vision tower has 4 % of the arithmetic of a prefill, and a Qwen2.
 cannot save.
 
 What the columns mean
-    unpatched, patched   medians: seconds, seconds per token (decode), or bytes
+    unpatched, patched   medians: seconds, seconds per token (decode), or bytes. Seconds are CPU time of the one thread
+                         that runs: what a clock on the wall shows where nothing else does
     ratio                median of unpatched/patched over adjacent pairs; for the stages that only the patch has
                          (selection, scoring) their time over the unpatched prefill of the same pair
                          (decode_equal_kv: the unpatched model decodes on a cache of which as many tokens are left as
@@ -35,7 +36,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -220,12 +220,12 @@ class Clock:
 
     def start(self, name: str) -> None:
         """Open a span."""
-        self.spans.append([name, time.perf_counter(), None, self.open[-1] if self.open else None])
+        self.spans.append([name, time.process_time(), None, self.open[-1] if self.open else None])
         self.open.append(len(self.spans) - 1)
 
     def stop(self) -> None:
         """Close the innermost open span."""
-        self.spans[self.open.pop()][2] = time.perf_counter()
+        self.spans[self.open.pop()][2] = time.process_time()
 
     def read(self) -> dict[str, float]:
         """Seconds of all spans by name, and begin anew."""
@@ -332,8 +332,8 @@ def prefill(model: Any, inputs: dict[str, torch.Tensor]) -> Any:
 
 
 @torch.inference_mode()
-def decode(model: Any, mask: torch.Tensor, output: Any, steps: int) -> None:
-    """Greedy steps after a prefill of prompts with this mask (B, S)."""
+def decode(model: Any, mask: torch.Tensor, output: Any, steps: int) -> tuple[torch.Tensor, Any]:
+    """Greedy steps after a forward, all of whose tokens so far have this mask (B, S); the new mask and output."""
     for _ in range(steps):
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
         output = model(
@@ -344,24 +344,25 @@ def decode(model: Any, mask: torch.Tensor, output: Any, steps: int) -> None:
             use_cache=True,
             logits_to_keep=1,
         )
+    return mask, output
 
 
 def measure(model: Any, inputs: dict[str, torch.Tensor], clock: Clock, new: int, generate: bool) -> dict[str, float]:
     """One measurement of one variant: `new` tokens, the first of which comes from the prefill."""
     clock.read()
-    start = time.perf_counter()
+    start = time.process_time()
     output = prefill(model, inputs)
-    filled = time.perf_counter()
+    filled = time.process_time()
     times = dict(clock.read())
     times["kv_cache"] = cache_bytes(output[CACHE])
-    begin = time.perf_counter()
+    begin = time.process_time()
     decode(model, inputs["attention_mask"], output, new - 1)
-    times |= {"prefill": filled - start, "decode": (time.perf_counter() - begin) / (new - 1)}
+    times |= {"prefill": filled - start, "decode": (time.process_time() - begin) / (new - 1)}
     del output
     if generate:
-        start = time.perf_counter()
+        start = time.process_time()
         model.generate(**inputs, max_new_tokens=new, do_sample=False)
-        times["generate"] = time.perf_counter() - start
+        times["generate"] = time.process_time() - start
     return times
 
 
@@ -384,25 +385,24 @@ def equal_kv(model: Any, setting: Setting, steps: int) -> list[dict]:
     """Decoding on what the patch left in the cache, against the stock model on a cache cut to as many tokens.
 
     The compressor's cut is taken for free. It leaves each layer the mean number of tokens, any of them: time does not
-    depend on which.
+    depend on which. Both go on, `steps` tokens each in turn.
     """
     inputs = make_inputs(model, setting)
-    whole = prefill(model, inputs)
+    mask, whole = inputs["attention_mask"], prefill(model, inputs)
     with pruning(model, setting):
-        held = [layer.keys.shape[2] for layer in prefill(model, inputs)[CACHE].layers]
+        pruned = prefill(model, inputs)
+    held = [layer.keys.shape[2] for layer in pruned[CACHE].layers]
     tokens = round(sum(held) / len(held))
     for layer in whole[CACHE].layers:
         layer.keys, layer.values = (x[:, :, -tokens:].contiguous() for x in (layer.keys, layer.values))
-    times: list[list[float]] = [[], []]
-    for _ in range(setting.pairs + 1):
-        for found, output in zip(times, (deepcopy(whole), None), strict=True):
-            cut = output is not None
-            with nullcontext() if cut else pruning(model, setting):
-                start = output if cut else prefill(model, inputs)
-                mask = inputs["attention_mask"][:, -tokens:] if cut else inputs["attention_mask"]
-                begin = time.perf_counter()
-                decode(model, mask, start, steps)
-                found.append((time.perf_counter() - begin) / steps)
+    variants: list[Callable[[], Any]] = [nullcontext, lambda: pruning(model, setting)]
+    states, times = [(mask[:, -tokens:], whole), (mask, pruned)], [[], []]
+    for _ in range(4 * setting.pairs + 1):
+        for i, variant in enumerate(variants):
+            with variant():
+                begin = time.process_time()
+                states[i] = decode(model, *states[i], steps)
+                times[i].append((time.process_time() - begin) / steps)
     before, after = (x[1:] for x in times)  # the first round warms up
     return [row("decode_equal_kv", before, after, [a / b for a, b in zip(before, after, strict=True)], None)]
 
@@ -656,9 +656,9 @@ def faster_dtype() -> str:
         x, weight = (torch.ones(n, 1024, dtype=getattr(torch, name)) for n in (640, 1024))
         found = []
         for _ in range(10):
-            start = time.perf_counter()
+            start = time.process_time()
             x @ weight
-            found.append(time.perf_counter() - start)
+            found.append(time.process_time() - start)
         times[name] = min(found)
     return min(times, key=times.__getitem__)
 
@@ -722,7 +722,7 @@ def main() -> None:
                 found = compare(model, setting, clock, new_tokens(options))
                 # one setting for each prompt shows what there is to see
                 if setting in (SETTINGS[0], SETTINGS[1], QUICK_SETTINGS[-1]):
-                    found += equal_kv(model, setting, 2 * new_tokens(options))
+                    found += equal_kv(model, setting, new_tokens(options) // 2)
                 if setting.tokens == 32 and setting.scorer == "diversity" and setting.batch == 1:
                     found += compare_memory(memory_of, setting)
             about = describe(setting, options)
