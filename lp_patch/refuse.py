@@ -81,6 +81,11 @@ def flat_mask(mask: Any, cache: Any, new: int) -> Tensor | None:
     return None
 
 
+def all_real(mask: Any) -> bool:
+    """Whether a mask (B, tokens) hides nothing. It waits for the device, as transformers does before it drops one."""
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
+
+
 def check_mask(mask: Any, cache: Any, new: int) -> None:
     """Refuse masks from which nobody can tell what is padding."""
     if mask is None or flat_mask(mask, cache, new) is not None:
