@@ -4,6 +4,7 @@ around_generate, around_candidates, around_prepare    how many of a forward's to
 before_model                                          labels
 """
 
+import functools
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
@@ -110,5 +111,12 @@ def argument(module: nn.Module, name: str, args: tuple, kwargs: dict) -> Any:
 
 def arguments_of(method: Callable, args: tuple, kwargs: dict) -> dict[str, Any]:
     """The arguments of a call, by name, those in **kwargs too."""
-    bound = inspect.signature(method).bind(*args, **kwargs).arguments
+    bound = _signature(getattr(method, "__func__", method), hasattr(method, "__func__")).bind(*args, **kwargs).arguments
     return {**bound, **bound.get("kwargs", {})}
+
+
+@functools.cache
+def _signature(function: Callable, bound: bool) -> inspect.Signature:
+    """Of a method, without its first argument: asked for in every call, and slow to make."""
+    signature = inspect.signature(function)
+    return signature.replace(parameters=list(signature.parameters.values())[bound:])

@@ -6,7 +6,9 @@ layers do. A pruned static layer keeps its logical length: survivors lie in the 
 `stored` says which slots were written, so that whatever is compiled around it is stock.
 """
 
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
 
@@ -37,51 +39,65 @@ class Lead:
     padded = False
 
 
+@dataclass(frozen=True)
+class Stored:
+    """What a pruned dynamic layer holds; layers of one stage share it until somebody changes one.
+
+    Attributes:
+        dropped: tokens seen and not stored, the same for all rows (rows are padded to one length).
+        valid: (B, P) bool, which of the first P physical entries are real, or None if all are.
+        covered: P; entries after it map one to one to the last columns of an attention mask.
+        tail: how many of the last of those P do so too, in every row: what can still be cropped.
+        shift: (B, 1) int64, what compact positions lag behind original ones, or None.
+        history: ids of the prunings this layer went through; layers with equal histories hold equal tokens.
+    """
+
+    dropped: int = 0
+    valid: Tensor | None = None
+    covered: int = 0
+    tail: int = 0
+    shift: Tensor | None = None
+    history: tuple[int, ...] = ()
+
+    def rows(self, change: Callable[[Tensor], Tensor]) -> "Stored":
+        """With other rows."""
+        valid, shift = (None if x is None else change(x) for x in (self.valid, self.shift))
+        return replace(self, valid=valid, shift=shift)
+
+
 class PrunedLayer(wrapt.BaseObjectProxy):
     """A cache layer of any kind, of which some tokens were never stored.
 
     Inside, the wrapped layer goes on counting physical entries; only what callers see is logical.
 
     Attributes:
-        _self_dropped: tokens seen and not stored, the same for all rows (rows are padded to one length).
-        _self_valid: (B, P) bool, which of the first P physical entries are real, or None if all are.
-        _self_covered: P; entries after it map one to one to the last columns of an attention mask.
-        _self_tail: how many of the last of those P do so too, in every row: what can still be cropped.
-        _self_shift: (B, 1) int64, what compact positions lag behind original ones, or None.
-        _self_history: ids of the prunings this layer went through; layers with equal histories hold equal tokens.
-        _self_lead: of the cache.
-        _self_last: whether this is its last layer.
+        _self_stored: what it holds.
+        _self_lead: of the cache; `_self_last`: whether this is its last layer.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, stored: Stored, lead: Lead, last: bool) -> None:
         super().__init__(layer)
-        self._self_lead = Lead()
-        self._self_last = False
-        self._self_dropped = 0
-        self._self_valid: Tensor | None = None
-        self._self_covered = 0
-        self._self_tail = 0
-        self._self_shift: Tensor | None = None
-        self._self_history: tuple[int, ...] = ()
+        self._self_stored, self._self_lead, self._self_last = stored, lead, last
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Store (B, KV, N, D) keys and values; one token alone is right without a patch too, if no row is padded."""
-        if not self._self_lead.on and (
-            key_states.shape[-2] > 1 or self._self_valid is not None or self._self_shift is not None
-        ):
-            raise UnsupportedInputError(UNLED)
-        if self._self_last:
-            self._self_lead.on = False
+        lead = self._self_lead
+        if not lead.on:
+            stored = self._self_stored
+            if key_states.shape[-2] > 1 or stored.valid is not None or stored.shift is not None:
+                raise UnsupportedInputError(UNLED)
+        elif self._self_last:
+            lead.on = False
         return self.__wrapped__.update(key_states, value_states, *args, **kwargs)
 
     def get_seq_length(self) -> int:
         """Tokens seen, stored or not."""
-        return self.__wrapped__.get_seq_length() + self._self_dropped
+        return self.__wrapped__.get_seq_length() + self._self_stored.dropped
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Physical key length after `query_length` more tokens, and the offset of its first column."""
         kv_length, offset = self.__wrapped__.get_mask_sizes(query_length)
-        return kv_length, offset + self._self_dropped
+        return kv_length, offset + self._self_stored.dropped
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens; refuses to cut into pruned visual tokens.
@@ -90,82 +106,50 @@ class PrunedLayer(wrapt.BaseObjectProxy):
         """
         if tokens_to_remove > 0:
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
-        after = self.__wrapped__.get_seq_length() + tokens_to_remove
-        lost = max(0, self._self_covered - after)
-        if lost > self._self_tail:
-            least = -(self.__wrapped__.get_seq_length() - self._self_covered + self._self_tail)
+        stored, there = self._self_stored, self.__wrapped__.get_seq_length()
+        after = there + tokens_to_remove
+        lost = max(0, stored.covered - after)
+        if lost > stored.tail:
             raise UnsupportedInputError(
                 f"crop({tokens_to_remove}) would cut into pruned visual tokens, of which only some were stored: "
-                f"give a value from {least} to 0, or build the cache anew"
+                f"give a value from {stored.covered - stored.tail - there} to 0, or build the cache anew"
             )
         self.__wrapped__.crop(tokens_to_remove)
         if lost:
-            self._self_covered, self._self_tail = after, self._self_tail - lost
-            if self._self_valid is not None:
-                self._self_valid = self._self_valid[:, :after]
+            valid = None if stored.valid is None else stored.valid[:, :after]
+            self._self_stored = replace(stored, covered=after, tail=stored.tail - lost, valid=valid)
 
     def reset(self) -> None:
         """Forget all tokens."""
         self.__wrapped__.reset()
-        self._self_dropped, self._self_covered, self._self_tail, self._self_history = 0, 0, 0, ()
-        self._self_valid = self._self_shift = None
+        self._self_stored = Stored()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Rows in another order (beam search)."""
         self.__wrapped__.reorder_cache(beam_idx)
-        self._rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._self_stored = self._self_stored.rows(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row `repeats` times."""
         self.__wrapped__.batch_repeat_interleave(repeats)
-        self._rows(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._self_stored = self._self_stored.rows(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""
         self.__wrapped__.batch_select_indices(indices)
-        self._rows(lambda x: x[indices.to(x.device)])
-
-    def _rows(self, change: Any) -> None:
-        if self._self_valid is not None:
-            self._self_valid = change(self._self_valid)
-        if self._self_shift is not None:
-            self._self_shift = change(self._self_shift)
-
-    def __deepcopy__(self, memo: dict) -> "PrunedLayer":
-        return _rebuild(deepcopy(self.__wrapped__, memo), deepcopy(self._state(), memo))
-
-    def __copy__(self) -> "PrunedLayer":
-        return _rebuild(self.__wrapped__, self._state())
-
-    def __reduce_ex__(self, protocol: Any) -> tuple:
-        return _rebuild, (self.__wrapped__, self._state())
+        self._self_stored = self._self_stored.rows(lambda x: x[indices.to(x.device)])
 
     def _state(self) -> tuple:
-        return (
-            self._self_dropped,
-            self._self_valid,
-            self._self_covered,
-            self._self_tail,
-            self._self_shift,
-            self._self_history,
-            self._self_lead,
-            self._self_last,
-        )
+        return self._self_stored, self._self_lead, self._self_last
 
+    def __deepcopy__(self, memo: dict) -> "PrunedLayer":
+        return PrunedLayer(*deepcopy((self.__wrapped__, *self._state()), memo))
 
-def _rebuild(layer: Any, state: tuple) -> PrunedLayer:
-    pruned = PrunedLayer(layer)
-    (
-        pruned._self_dropped,
-        pruned._self_valid,
-        pruned._self_covered,
-        pruned._self_tail,
-        pruned._self_shift,
-        pruned._self_history,
-        pruned._self_lead,
-        pruned._self_last,
-    ) = state
-    return pruned
+    def __copy__(self) -> "PrunedLayer":
+        return PrunedLayer(self.__wrapped__, *self._state())
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        return PrunedLayer, (self.__wrapped__, *self._state())
 
 
 class PrunedStaticLayer(StaticLayer):
@@ -289,7 +273,7 @@ def shift_of(cache: Any) -> Tensor | None:
     if not is_pruned(cache):
         return None
     first: Any = cache.layers[0]
-    return first.shift if isinstance(first, PrunedStaticLayer) else first._self_shift
+    return first.shift if isinstance(first, PrunedStaticLayer) else first._self_stored.shift
 
 
 def is_padded(cache: Cache) -> bool:
@@ -336,7 +320,7 @@ def history(cache: Cache | None, index: int) -> tuple[int, ...]:
     layer: Any = None if cache is None or index >= len(cache.layers) else cache.layers[index]
     if isinstance(layer, PrunedStaticLayer):
         return (id(layer.stored),) if layer.pruned else ()
-    return layer._self_history if isinstance(layer, PrunedLayer) else ()
+    return layer._self_stored.history if isinstance(layer, PrunedLayer) else ()
 
 
 def stored_tokens(cache: Cache | None, index: int) -> int:
@@ -344,34 +328,28 @@ def stored_tokens(cache: Cache | None, index: int) -> int:
     if cache is None or index >= len(cache.layers):
         return 0
     pruned = pruned_layer(cache, index)
-    return int(cache.get_seq_length(index)) - (0 if pruned is None else pruned._self_dropped)
+    return int(cache.get_seq_length(index)) - (0 if pruned is None else pruned._self_stored.dropped)
 
 
-def mark_pruned(
-    cache: Cache, index: int, dropped: int, valid: Tensor | None, tail: int, shift: Tensor | None, history: int
-) -> None:
-    """Record that dynamic layer `index` was just given `dropped` tokens fewer than it was shown.
+def mark_pruned(cache: Cache, index: int, stored: Stored) -> None:
+    """Record that dynamic layer `index` was just given fewer tokens than it was shown.
 
     Args:
-        valid: (B, P) bool over all its physical entries, or None if all are real.
-        tail: last tokens of the input that every row kept.
-        shift: (B, 1) int64, or None.
-        history: from `new_history_id`, equal for layers that dropped the same tokens.
+        stored: of this forward alone: `dropped` tokens more, and one more id in `history`.
     """
-    if index >= len(cache.layers) or isinstance(cache.layers[index], StaticLayer) or stored_tokens(cache, index) == 0:
-        return  # static layers know; gradient checkpointing hands the layers no cache
-    layer: Any = cache.layers[index]
-    if not isinstance(layer, PrunedLayer):
-        layer = cache.layers[index] = PrunedLayer(layer)  # type: ignore[call-overload]
-    layer._self_dropped += dropped
-    layer._self_valid = valid
-    layer._self_covered = int(layer.__wrapped__.get_seq_length())
-    layer._self_tail = tail
-    layer._self_shift = shift
-    layer._self_history = (*layer._self_history, history)
-    first: Any = cache.layers[0]
-    layer._self_lead, layer._self_last = first._self_lead, index == len(cache.layers) - 1
-    layer._self_lead.padded |= valid is not None
+    layers: list[Any] = cache.layers
+    if index >= len(layers) or layers[index].get_seq_length() == 0:
+        return  # gradient checkpointing hands the layers no cache
+    layer, first = layers[index], layers[0]
+    if isinstance(layer, PrunedLayer):
+        before = layer._self_stored
+        layer._self_stored = replace(
+            stored, dropped=before.dropped + stored.dropped, history=before.history + stored.history
+        )
+    else:
+        lead = Lead() if layer is first else first._self_lead
+        layer = layers[index] = PrunedLayer(layer, stored, lead, index == len(layers) - 1)
+    layer._self_lead.padded |= stored.valid is not None
 
 
 def prepare_slots(
@@ -444,9 +422,9 @@ def valid_keys(
         parts = [(head if attention_mask is None else head & attention_mask[:, :past].bool().to(head.device), past)]
     else:
         layer = pruned_layer(cache, index)
-        covered = 0 if layer is None else layer._self_covered
-        tail = None if attention_mask is None else attention_mask[:, end - (past - covered) : end].bool()
-        parts = [(None if layer is None else layer._self_valid, covered), (tail, past - covered)]
+        stored = Stored() if layer is None else layer._self_stored
+        tail = None if attention_mask is None else attention_mask[:, end - (past - stored.covered) : end].bool()
+        parts = [(stored.valid, stored.covered), (tail, past - stored.covered)]
     parts = [(part, size) for part, size in [*parts, (fresh, n_fresh)] if size]
     known = next((part for part, _ in parts if part is not None), None)
     if known is None:

@@ -29,12 +29,12 @@ from .cut import left_mask
 from .early import EarlyStage
 from .errors import UnsupportedInputError
 from .forward import Forward, Tapped
-from .install import Installation
+from .install import Installation, LayerHooks
 from .outputs import finish
-from .plan import find_inputs, make_plan
+from .plan import Planned, find_inputs, find_places, make_plan, query_weights
 from .prefill import cut_deepstack, cut_input, facts_of, weigh_queries
-from .prompt import read_prompt
-from .read import ENCODED, Call, PerThread, State
+from .prompt import make_prompt, read_host
+from .read import ENCODED, Call, PerThread, State, shows_images
 from .refuse import all_real, check_call, check_mask, flat_mask
 from .registry import Parts
 from .select import take
@@ -69,14 +69,18 @@ class Engine(EarlyStage):
     def __init__(self, parts: Parts, settings: Settings) -> None:
         super().__init__(parts, EngineState(), settings)
         self.patch: Any = None  # the handle; found again through the hooks, also on a copy of the model
+        self._hooks: LayerHooks | None = None
 
     def __deepcopy__(self, memo: dict) -> "Engine":
         # PEFT copies single modules (modules_to_save): their hooks stay this patch's, and the model is not copied along
         if id(self.parts.model) not in memo and id(self.parts.base) not in memo:
             return self
         copy = memo[id(self)] = Engine.__new__(Engine)
-        copy.__dict__.update(deepcopy(self.__dict__, memo))
+        copy.__dict__.update(deepcopy({**self.__dict__, "_hooks": None}, memo))
         return copy
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_hooks": None}
 
     def install(self, on: Installation) -> None:
         """Put on the model what stays there."""
@@ -89,15 +93,13 @@ class Engine(EarlyStage):
         if self.settings.config.stage_ratio > 1:
             on.note(install_tap(parts.attention[self.settings.shape.layer - 1], self.observe_text))
 
-    def _hook_layers(self) -> list[Any]:
-        """Put the layers' hooks on, before those of others; returns their handles.
-
-        One that is there twice acts once: the first takes the keyword away.
-        """
-        return [
-            layer.register_forward_pre_hook(partial(self.before_layer, index), with_kwargs=True, prepend=True)
-            for index, layer in enumerate(self.parts.layers)
-        ]
+    def _layer_hooks(self) -> LayerHooks:
+        """The layers' hooks; one that is there twice acts once: the first takes the keyword away."""
+        if self._hooks is None:
+            self._hooks = LayerHooks(
+                [(layer, partial(self.before_layer, index)) for index, layer in enumerate(self.parts.layers)]
+            )
+        return self._hooks
 
     # ------------------------------------------------------------------ the whole model
 
@@ -185,29 +187,62 @@ class Engine(EarlyStage):
 
     def _start(self, forward: Forward) -> Forward:
         """Put the layers' hooks on for as long as this forward lives."""
-        forward.keep_hooks(self._hook_layers())
+        forward.keep_hooks(self._layer_hooks().put())
         return forward
 
     def _hold(self) -> None:
         """Keep the layers' hooks on: dynamo must find them whenever it traces a step on a pruned static cache."""
         if not self.state.held:
             self.state.held = True
-            self._hook_layers()
+            self._layer_hooks().put()
+
+    def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A forward starts. Where token ids tell all, they are read now: later the device is busy with the images."""
+        super().before_base(module, args, kwargs)
+        call, adapter = self.state.local.call, self.parts.adapter
+        if call is not None and call.shows and call.ids is not None and adapter.structural is None is adapter.merge:
+            call.expected = sum(shows_images(name, kwargs[name]) for name in kwargs)
+            call.given = kwargs.get("attention_mask")
+            call.host = self._read(call, None, call.ids.shape, kwargs)
+            self.encoded(call)
+
+    def _read(self, call: Call, embeds: Tensor | None, shape: tuple[int, ...], kwargs: dict) -> Any:
+        """The caller's mask as (B, seen + S), and what the host must know of the prompt."""
+        cache, length = cache_in(kwargs), shape[1]
+        flat = flat_mask(kwargs.get("attention_mask"), cache, length)
+        seen = kv.seen_tokens(cache) if isinstance(cache, kv.Cache) else 0
+        asking = self.asking_of(call.generated, shape[0], length, seen)
+        mask = None if flat is None else flat[:, -length:]
+        return flat, asking is not None, read_host(self, call, embeds, mask, asking, kwargs)
+
+    def encoded(self, call: Call) -> None:
+        """All images of a call may be encoded, and the device busy with them: plan meanwhile."""
+        if call.host is not None and len(call.features) == call.expected:
+            call.planned = self._plan(call)
+
+    def _plan(self, call: Call) -> Planned:
+        flat, named, host = call.host
+        prompt = make_prompt(self, call, host)
+        facts = [[facts_of(x) for x in call.features[m.name]] for m in prompt.modalities]
+        adapter, settings = self.parts.adapter, self.settings
+        inputs = find_inputs(prompt, facts, adapter.merge_adjacent, settings.budget, adapter.split)
+        plan = make_plan(inputs, prompt, settings.shape.wipe_layer is not None)
+        places = weights = None
+        if not plan.nothing:
+            places = find_places(plan, prompt)
+            weights = query_weights(settings.text_scorer.weigh, plan, prompt, named) if plan.cuts else None
+        return Planned(flat, prompt, plan, places, weights)
 
     def _prefill(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward with new visual tokens."""
         embeds, cache = kwargs["inputs_embeds"], cache_in(kwargs)
         batch, length = embeds.shape[:2]
-        adapter, settings = self.parts.adapter, self.settings
-        flat = flat_mask(kwargs.get("attention_mask"), cache, length)
-        asking = self.asking_of(
-            call.generated, batch, length, kv.seen_tokens(cache) if isinstance(cache, kv.Cache) else 0
-        )
-        prompt = read_prompt(self, call, embeds, None if flat is None else flat[:, -length:], asking, kwargs)
+        settings = self.settings
+        if call.planned is None or call.given is not kwargs.get("attention_mask"):
+            call.host = self._read(call, embeds, embeds.shape[:2], kwargs)
+            call.planned = self._plan(call)
+        flat, prompt, plan, places, weights = call.planned
         features = [x for m in prompt.modalities for x in call.features[m.name]]
-        facts = [[facts_of(x) for x in call.features[m.name]] for m in prompt.modalities]
-        inputs = find_inputs(prompt, facts, adapter.merge_adjacent, settings.budget, adapter.split)
-        plan = make_plan(inputs, prompt, settings.shape.wipe_layer is not None)
         record = self._keep(Record(settings.shape, plan.visual, plan.text, plan.wiped, []))
         record.note_encoded([x for feature in features for x in getattr(feature, ENCODED, ())])
         if plan.nothing:
@@ -219,9 +254,10 @@ class Engine(EarlyStage):
 
         forward = Forward(settings, length, flat, cache)
         forward.plan, forward.record = plan, record
-        cut = cut_input(forward, prompt, features, embeds, self.parts.projector is not None, self._warn)
-        if plan.cuts:
-            forward.weights = weigh_queries(forward, prompt, asking is not None)
+        assert places is not None
+        cut = cut_input(forward, places, features, embeds, self.parts.projector is not None, self._warn)
+        if weights is not None:
+            forward.weights = weigh_queries(forward, prompt, weights)
         ids = self._position_ids(kwargs, length, embeds.device)
         if self.parts.true_positions:
             forward.true_ids = ids
@@ -246,7 +282,7 @@ class Engine(EarlyStage):
         after = self.parts.language_model.register_forward_hook(
             self.after_language_model, with_kwargs=True, prepend=True
         )
-        forward.keep_hooks([after])
+        forward.keep_hooks(after.remove)
         self.show_kept(features)
         return args, kwargs
 
@@ -267,17 +303,21 @@ class Engine(EarlyStage):
         """Give decoder layer `index` (from 0) the tokens, mask and positions that are its own."""
         # torch calls a hook without keywords that another thread has just taken off: it was not this forward's
         state = None if kwargs is None else kwargs.get(KEY)
-        if kwargs is None or state is None or isinstance(state, Tapped):
+        if kwargs is None or state is None or type(state) is Tapped:
             return None
-        kwargs = {name: value for name, value in kwargs.items() if name != KEY}
-        if isinstance(state, Step):
-            return args, {**kwargs, "attention_mask": state.mask(index, kwargs.get("attention_mask"))}
-        return _enter(state, self.parts.language_model.config, index, args, kwargs)
+        kwargs = dict(kwargs)
+        del kwargs[KEY]
+        if type(state) is Step:
+            kwargs["attention_mask"] = state.mask(index, kwargs.get("attention_mask"))
+            return args, kwargs
+        enter = _enter if torch.compiler.is_compiling() else type(state).enter
+        return enter(state, self.parts.language_model.config, index, args, kwargs)
 
     def observe_text(self, tapped: Tapped | None, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
         """Layer k's rotated query (B, H, N, D) and key, and value (B, KV, P + N, D): scores of its N tokens."""
         if tapped is not None:
-            _observe(tapped.forward, query, key, value, scaling)
+            observe = _observe if torch.compiler.is_compiling() else type(tapped.forward).observe
+            observe(tapped.forward, query, key, value, scaling)
 
     @torch.compiler.disable
     def after_language_model(self, module: nn.Module, args: tuple, kwargs: Any, output: Any = None) -> None:

@@ -1,7 +1,7 @@
 """One forward of the language model: its state, which travels with it as a keyword, and what each layer attends to."""
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class Forward:
         self.settings = settings
         self.new, self.flat, self.cache = new, flat, cache
         self.past = kv.stored_tokens(cache, 0)
+        self._fresh = not kv.is_static(cache) and not kv.is_pruned(cache)  # no layer differs from another yet
         self.plan: Plan | None = None
         self.record: Record | None = None
         self.cuts: list[Cut] = []
@@ -73,13 +74,16 @@ class Forward:
         self._rotary: dict[tuple, tuple[Tensor, ...]] = {}
         self._ids: dict[int, Tensor] = {}
 
-    def keep_hooks(self, handles: Sequence[Any]) -> None:
+    def keep_hooks(self, remove: Callable[[], None]) -> None:
         """Hooks that stay as long as this forward does: until it has ended, and its gradient is not needed any more."""
-        weakref.finalize(self, _remove, handles).atexit = False
+        weakref.finalize(self, remove).atexit = False
 
     def cut_of(self, index: int) -> Cut | None:
         """The cut that layer `index` runs on, or None if this forward cuts nothing."""
-        return next((cut for cut in reversed(self.cuts) if cut.start <= index), None)
+        for cut in reversed(self.cuts):
+            if cut.start <= index:
+                return cut
+        return None
 
     def keys_of(self, config: Any, index: int, hidden: Tensor) -> Keys:
         """What layer `index` attends to.
@@ -91,7 +95,7 @@ class Forward:
         if len(self.keys) > index:
             return self.keys[index]
         cut, cache = (self.cuts[-1] if self.cuts else None), self.cache
-        key = (len(self.cuts), kv.history(cache, index))
+        key = (len(self.cuts), () if self._fresh else kv.history(cache, index))
         if key not in self._shared:
             fresh = None if cut is None else (cut.valid, cut.length)
             valid = kv.valid_keys(cache, index, self.flat, self.new, fresh)
@@ -116,7 +120,9 @@ class Forward:
         kwargs["attention_mask"] = self.keys_of(config, index, hidden).mask
         if cut is not None:
             rotary = self.rotary_of(cut, kwargs["position_embeddings"])
-            kwargs["position_embeddings"] = tuple(x.to(hidden.device) for x in rotary)
+            if rotary[0].device != hidden.device:
+                rotary = tuple(x.to(hidden.device) for x in rotary)
+            kwargs["position_embeddings"] = rotary
             kwargs["position_ids"] = self.ids_of(cut)
         if index == self.settings.shape.layer - 1:
             self.rotary = kwargs.get("position_embeddings", ())
@@ -191,11 +197,6 @@ class Forward:
         if cut.start not in self._ids:
             self._ids[cut.start] = self.true_ids.expand(len(cut.where), -1).gather(1, cut.where.clamp(min=0))
         return self._ids[cut.start]
-
-
-def _remove(handles: Iterable[Any]) -> None:
-    for handle in handles:
-        handle.remove()
 
 
 class Tapped:

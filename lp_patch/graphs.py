@@ -59,14 +59,12 @@ class Region:
 
     def __init__(self, inputs: dict[str, Tensor], run: Callable[[dict[str, Tensor]], Any], modules: list[nn.Module]):
         self.inputs, self._run = inputs, run
-        self._weights = _fingerprint(modules)
-        self._modules = modules
+        self._print = Fingerprint(modules)
         self._graph: Any = None
         self.bytes = 0
         device = next(iter(inputs.values())).device
         if device.type != "cuda":
             return
-        before = torch.cuda.memory_reserved(device)
         stream = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         mode = torch.cuda.get_sync_debug_mode()
@@ -78,6 +76,8 @@ class Region:
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream(device).wait_stream(stream)
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self.result = run(inputs)
@@ -87,7 +87,7 @@ class Region:
     @property
     def stale(self) -> bool:
         """Whether a weight has moved, or a module or a hook came or went, since the capture."""
-        return self._weights != _fingerprint(self._modules)
+        return self._print.changed()
 
     def replay(self, values: dict[str, Tensor]) -> Any:
         """The computation on these values, which fill the buffers."""
@@ -100,16 +100,31 @@ class Region:
         return self.result
 
 
-def _fingerprint(modules: list[nn.Module]) -> list[Any]:
+class Fingerprint:
     """What a capture depends on: which modules there are, where their weights lie, which hooks of others they carry."""
-    found: list[Any] = []
-    for root in modules:
-        for module in root.modules():
-            found.append(id(module))
-            found += [x.data_ptr() for x in module._parameters.values() if x is not None]
-            hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
-            found += [id(hook) for hook in hooks if not _ours(hook)]
-    return found
+
+    def __init__(self, roots: list[nn.Module]) -> None:
+        modules = [module for root in roots for module in root.modules()]
+        self._children = [(x._modules, list(x._modules.values())) for x in modules if x._modules]
+        weights = [(x._parameters, name) for x in modules for name, own in x._parameters.items() if own is not None]
+        self._weights = [(own, name, _address(own[name])) for own, name in weights]
+        self._hooks = [x for module in modules for x in (module._forward_pre_hooks, module._forward_hooks)]
+        self._others = self._foreign()
+
+    def _foreign(self) -> list[int]:
+        return [id(hook) for hooks in self._hooks if hooks for hook in hooks.values() if not _ours(hook)]
+
+    def changed(self) -> bool:
+        """Whether any of it is not as it was."""
+        return (
+            any(list(own.values()) != before for own, before in self._children)
+            or any(_address(own.get(name)) != at for own, name, at in self._weights)
+            or self._foreign() != self._others
+        )
+
+
+def _address(weight: Tensor | None) -> int:
+    return 0 if weight is None else weight.data_ptr()
 
 
 def _ours(hook: Any) -> bool:
@@ -331,8 +346,8 @@ class CompiledEngine(Engine):
         if captured.record.stage2 is not None:
             _, chosen, scores = captured.record.stage2
             forward.record.note_stage2(forward.cuts[0].where, chosen[:, pad:].clone(), scores[:, pad:].clone())
-        lengths = [keys.length - pad for keys in captured.keys]
-        forward.keys = [Keys(None, length, None) for length in lengths]
+        shared = {keys.length: Keys(None, keys.length - pad, None) for keys in captured.keys}
+        forward.keys = [shared[keys.length] for keys in captured.keys]
         if cache is not None:
             self._fill(forward, cache, [(x.keys[:, :, pad:], x.values[:, :, pad:]) for x in stored.layers])
         # `outputs.finish` copies the hidden states; a cache that nobody asked for stays behind

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from itertools import count
 from typing import Any
 
 import torch
@@ -69,6 +70,33 @@ class Installation:
         """Take everything back, the latest first. Does nothing the second time."""
         while self._undo:
             self._undo.pop()()
+
+
+class LayerHooks:
+    """Pre-hooks of many modules that come and go with a forward, before those of others.
+
+    `register_forward_pre_hook` makes a handle for each, which takes longer than the layers' hooks themselves.
+    """
+
+    _numbers = count(-1, -1)  # torch counts its own upwards
+
+    def __init__(self, hooks: list[tuple[nn.Module, Callable]]) -> None:
+        self._hooks = hooks
+
+    def put(self) -> Callable[[], None]:
+        """Put them on; returns what takes them off again."""
+        number = next(self._numbers)
+        for module, hook in self._hooks:
+            module._forward_pre_hooks_with_kwargs[number] = True
+            module._forward_pre_hooks[number] = hook
+            module._forward_pre_hooks.move_to_end(number, last=False)  # type: ignore[attr-defined]
+        return partial(_take_off, [module for module, _ in self._hooks], number)
+
+
+def _take_off(modules: list[nn.Module], number: int) -> None:
+    for module in modules:
+        module._forward_pre_hooks.pop(number, None)
+        module._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def owner(hook: Any) -> Any:

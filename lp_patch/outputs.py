@@ -48,9 +48,18 @@ def _mark_cache(forward: Forward, cache: Any) -> None:
     if kv.is_static(cache):
         cache.layers[0].shift = forward.shift
         return
-    ids = {id(cut): kv.new_history_id() for cut in forward.cuts}
+    told: dict[tuple, kv.Stored] = {}
     for index, keys in enumerate(forward.keys):
         cut = forward.cut_of(index)
         assert cut is not None and forward.plan is not None  # a forward that cuts
-        dropped = forward.new - cut.length
-        kv.mark_pruned(cache, index, dropped, keys.valid, forward.plan.tail, forward.shift, ids[id(cut)])
+        key = (cut.start, cut.length, id(keys))
+        if key not in told:
+            told[key] = kv.Stored(
+                dropped=forward.new - cut.length,
+                valid=keys.valid,
+                covered=keys.length,
+                tail=forward.plan.tail,
+                shift=forward.shift,
+                history=(kv.new_history_id(),),
+            )
+        kv.mark_pruned(cache, index, told[key])

@@ -7,6 +7,7 @@ placeholder that the attention mask hides is not there.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -305,3 +306,19 @@ def query_slots(weights: np.ndarray, prompt: Prompt, length: int) -> np.ndarray 
     slots = np.zeros((len(weights), count), dtype=np.float32)
     slots[rows, count - 1 - back] = weights[rows, at]
     return slots
+
+
+class Planned(NamedTuple):
+    """All that a prefill's host part comes to.
+
+    Attributes:
+        flat: (B, seen + S), the caller's mask, on its device, or None if all are real.
+        places: None where nothing is removed.
+        weights: (B, S) float32, how much each token asks, or None where stage 2 removes nothing.
+    """
+
+    flat: Tensor | None
+    prompt: Prompt
+    plan: Plan
+    places: Places | None
+    weights: np.ndarray | None

@@ -10,7 +10,7 @@ from .choose import stage1_apart
 from .cut import Cut, first_cut, left_mask, upload
 from .errors import UnsupportedInputError
 from .forward import Forward
-from .plan import Feature, Loss, Plan, asking_tokens, find_places, query_slots, query_weights
+from .plan import Feature, Loss, Places, Plan, asking_tokens, query_slots
 from .prompt import Prompt
 from .read import chosen_of
 from .select import take
@@ -28,7 +28,7 @@ def facts_of(feature: Tensor) -> Feature:
 
 
 def cut_input(
-    forward: Forward, prompt: Prompt, features: list[Tensor], embeds: Tensor, early: bool, warn: Callable[[str], None]
+    forward: Forward, places: Places, features: list[Tensor], embeds: Tensor, early: bool, warn: Callable[[str], None]
 ) -> Cut:
     """Stage 1: choose where that was not done while the images were encoded, then cut.
 
@@ -39,7 +39,7 @@ def cut_input(
     """
     plan = forward.plan
     assert plan is not None and forward.record is not None
-    places, length = find_places(plan, prompt), embeds.shape[1]
+    length = embeds.shape[1]
     late = [x for x in plan.losses if x.feature is None]
     rows = [x.row * length + x.positions for x in late]
     base, holes, offsets, positions, own = upload(
@@ -99,20 +99,18 @@ def _choose_late(
     return indices  # type: ignore[return-value]  # a loss keeps fewer than all
 
 
-def weigh_queries(forward: Forward, prompt: Prompt, named: bool) -> Tensor:
-    """How much each of the last Q tokens asks in stage 2: (B, Q) float32; `named`: the caller said who may."""
+def weigh_queries(forward: Forward, prompt: Prompt, weights: np.ndarray) -> Tensor:
+    """How much each of the last Q tokens asks in stage 2: (B, Q) float32, from `weights` (B, S) of the input's."""
     cut, weigh = forward.cuts[-1], forward.settings.text_scorer.weigh
-    assert forward.plan is not None
-    known = query_weights(weigh, forward.plan, prompt, named)
-    slots = query_slots(known, prompt, cut.length)
+    slots = query_slots(weights, prompt, cut.length)
     if slots is not None:
         return torch.from_numpy(slots).to(cut.where.device, non_blocking=True)
     # a strategy in which other tokens ask, perhaps some that were removed: it must know which are left
     length, device = prompt.real.shape[1], cut.where.device
     left = left_mask(cut.where, length)
     text, visual = (torch.from_numpy(x).to(device) for x in asking_tokens(prompt))
-    weights = take(weigh(text, visual, left) * left * visual.any(dim=1, keepdim=True), cut.index)
-    return weights if cut.valid is None else weights * cut.valid
+    asked = take(weigh(text, visual, left) * left * visual.any(dim=1, keepdim=True), cut.index)
+    return asked if cut.valid is None else asked * cut.valid
 
 
 def cut_deepstack(kwargs: dict, plan: Plan, prompt: Prompt, cut: Cut) -> dict:

@@ -97,6 +97,10 @@ class Call:
         visual: (B, S) bool, where a merging method put features.
         labels: (B, S), or None.
         generated: how many of the last tokens generate() made.
+        expected: in how many ways it brings pictures.
+        given: its attention mask.
+        host: what was read of it, and `planned` what is to be done, where both were possible before the images are
+            merged.
     """
 
     started: bool = False
@@ -109,6 +113,10 @@ class Call:
     visual: Tensor | None = None
     labels: Tensor | None = None
     generated: int = 0
+    expected: int = 0
+    given: Any = None
+    host: Any = None
+    planned: Any = None
 
 
 class PerThread(threading.local):
@@ -226,7 +234,11 @@ class Reader(Asking):
             self.state.local.encoded = encoding
             if found:
                 setattr(found[0], ENCODED, self._ran(encoding))
+            self.encoded(call)
         return output
+
+    def encoded(self, call: Call) -> None:
+        """Images of this call have been encoded."""
 
     def _ran(self, encoding: Encoding) -> list[Encoded]:
         """What the vision tower and the projector ran on, where the family says how to count it."""
