@@ -65,6 +65,11 @@ def check_call(parts: Parts, plan: Plan, prompt: Prompt, kwargs: dict, compact: 
         )
 
 
+def all_real(mask: Any) -> bool:
+    """Whether a mask (B, tokens) hides nothing. It waits for the device, as transformers does before it drops one."""
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
+
+
 def flat_mask(mask: Any, cache: Any, new: int) -> Tensor | None:
     """The mask as (B, tokens seen + new), or None if all are real, or if that cannot be told.
 
@@ -72,8 +77,7 @@ def flat_mask(mask: Any, cache: Any, new: int) -> Tensor | None:
     """
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask
-    if isinstance(mask, dict) and kv.is_static(cache):
-        mask = mask.get("full_attention")
+    mask = _full_mask(mask, cache)
     if isinstance(mask, Tensor) and mask.dim() == 4 and kv.is_static(cache):
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         columns = kv.seen_tokens(cache) + new
@@ -81,17 +85,19 @@ def flat_mask(mask: Any, cache: Any, new: int) -> Tensor | None:
     return None
 
 
-def all_real(mask: Any) -> bool:
-    """Whether a mask (B, tokens) hides nothing. It waits for the device, as transformers does before it drops one."""
-    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
-
-
 def check_mask(mask: Any, cache: Any, new: int) -> None:
     """Refuse masks from which nobody can tell what is padding."""
-    if mask is None or flat_mask(mask, cache, new) is not None:
+    if _full_mask(mask, cache) is None or flat_mask(mask, cache, new) is not None:
         return
     raise UnsupportedInputError(
         "a pruned prompt needs the 2-D attention mask (batch, tokens) or None, got "
         + (f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__)
         + (", which generate() made for a static cache: use another attn_implementation" if kv.is_static(cache) else "")
     )
+
+
+def _full_mask(mask: Any, cache: Any) -> Any:
+    """Of the masks by layer type that generate() may bring for a static cache that of full attention; None: all real."""
+    if isinstance(mask, dict) and "full_attention" in mask and kv.is_static(cache):
+        return mask["full_attention"]
+    return mask
