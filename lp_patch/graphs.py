@@ -9,12 +9,15 @@ and not faster. Whatever does not fit runs as without `compile`, and says so onc
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -62,6 +65,7 @@ class Region:
         self._print = Fingerprint(modules)
         self._graph: Any = None
         self.bytes = 0
+        self._host = HostValues()
         device = next(iter(inputs.values())).device
         if device.type != "cuda":
             return
@@ -69,20 +73,41 @@ class Region:
         stream.wait_stream(torch.cuda.current_stream(device))
         mode = torch.cuda.get_sync_debug_mode()
         with torch.cuda.stream(stream):
-            run(inputs)  # kernels are chosen and compiled outside the capture
+            self._learn()  # kernels are chosen and compiled outside the capture, too
             torch.cuda.set_sync_debug_mode("error")  # a wait cannot be captured: found out before it breaks one
             try:
-                run(inputs)
+                self._once()
             finally:
                 torch.cuda.set_sync_debug_mode(mode)
         torch.cuda.current_stream(device).wait_stream(stream)
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_reserved(device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.result = run(inputs)
+            self.result = self._once()
         self._graph = graph
-        self.bytes = torch.cuda.memory_reserved(device) - before
+        pool = tuple(graph.pool())
+        segments = torch.cuda.memory_snapshot()
+        self.bytes = sum(x["total_size"] for x in segments if tuple(x.get("segment_pool_id", ())) == pool)
+
+    def _learn(self) -> None:
+        """Note what the host and the device tell each other, and that it does not depend on what is in the buffers."""
+        self._run(self.inputs)  # whatever is made once and kept is there
+        with self._host.learning():
+            self._run(self.inputs)
+        kept = {name: x.clone() for name, x in self.inputs.items() if x.is_floating_point()}
+        other = HostValues()
+        for name in kept:
+            self.inputs[name].normal_()
+        with other.learning():
+            self._run(self.inputs)
+        for name, x in kept.items():
+            self.inputs[name].copy_(x)
+        if not self._host.same(other):
+            raise RuntimeError("what it asks of the device depends on the images")
+
+    def _once(self) -> Any:
+        with self._host.replaying():
+            return self._run(self.inputs)
 
     @property
     def stale(self) -> bool:
@@ -98,6 +123,69 @@ class Region:
         else:
             self._graph.replay()
         return self.result
+
+
+class HostValues(TorchFunctionMode):
+    """What passes between host and device while a region runs, which a graph cannot do: learnt once, then known.
+
+    Small tensors that a model makes on the host (bounds, sizes), and numbers of them that it asks back. All of it comes
+    from what is part of a region's key; whatever else is asked would differ for other inputs, and is found out so.
+    """
+
+    _ASKED = (Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__)
+    _MADE = (torch.tensor, torch.as_tensor, Tensor.to, Tensor.cuda)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: list[Any] = []
+        self._next: int | None = None
+
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """Note everything, in order."""
+        self.values, self._next = [], None
+        with self:
+            yield
+
+    @contextmanager
+    def replaying(self) -> Iterator[None]:
+        """Give everything again, in the same order."""
+        self._next = 0
+        with self:
+            yield
+
+    def same(self, other: "HostValues") -> bool:
+        """Whether another run passed the same."""
+        pairs = zip(self.values, other.values, strict=False)
+        return len(self.values) == len(other.values) and all(
+            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs
+        )
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        first = args[0] if args else None
+        on_device = isinstance(first, Tensor) and first.device.type != "cpu"
+        if (func in self._ASKED and on_device) or (func in self._MADE and not on_device):
+            passes = func in self._ASKED or self._goes_over(args, kwargs)
+            if self._next is None:
+                value = func(*args, **kwargs)
+                if isinstance(value, Tensor) and passes != (value.device.type != "cpu"):
+                    raise RuntimeError(f"it moves a tensor in a way that is not understood: {func.__name__}")
+                if passes:
+                    self.values.append(value.clone() if isinstance(value, Tensor) else value)
+                return value
+            if passes:
+                value = self.values[self._next]
+                self._next += 1
+                # a copy: the region may write into it
+                return value.clone() if isinstance(value, Tensor) else value
+        return func(*args, **kwargs)
+
+    @staticmethod
+    def _goes_over(args: tuple, kwargs: dict) -> bool:
+        """Whether a call that makes a tensor, or moves one, names another device than the CPU."""
+        named = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, (torch.device, str, Tensor))]
+        return any((x.device if isinstance(x, Tensor) else torch.device(x)).type != "cpu" for x in named)
 
 
 class Fingerprint:
@@ -198,7 +286,7 @@ class CompiledEngine(Engine):
             )
         super().install(on)
         module.forward = self.run
-        on.note(lambda: vars(module).pop("forward"))
+        on.note(partial(delattr, module, "forward"))
         if next(module.parameters()).device.type != "cuda":
             self._warn(
                 "compile=True captures CUDA graphs, and this model is on no CUDA device: nothing gets faster here"
@@ -316,7 +404,10 @@ class CompiledEngine(Engine):
             except RuntimeError as error:
                 self._say(f"{type(module).__name__} ({str(error).splitlines()[0]:.120})")
                 return type(module).forward(module, **kwargs)
-            return self._adopt(forward, captured, output, stored, pad, cache_in(kwargs))
+            cache, use = cache_in(kwargs), kwargs.get("use_cache")
+            if cache is None and (module.config.use_cache if use is None else use):
+                cache = DynamicCache(config=module.config)
+            return self._adopt(forward, captured, output, stored, pad, cache)
 
     def _layers(self, inputs: dict[str, Tensor], plan: Plan) -> tuple[Any, CapturedForward, Any]:
         """What a region runs: the language model's own forward, whose layers' hooks are on."""

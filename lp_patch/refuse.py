@@ -77,7 +77,8 @@ def flat_mask(mask: Any, cache: Any, new: int) -> Tensor | None:
     """
     if isinstance(mask, Tensor) and mask.dim() == 2:
         return mask
-    mask = _full_mask(mask, cache)
+    if isinstance(mask, dict) and kv.is_static(cache):
+        mask = mask.get("full_attention")
     if isinstance(mask, Tensor) and mask.dim() == 4 and kv.is_static(cache):
         seen = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
         columns = kv.seen_tokens(cache) + new
@@ -87,17 +88,12 @@ def flat_mask(mask: Any, cache: Any, new: int) -> Tensor | None:
 
 def check_mask(mask: Any, cache: Any, new: int) -> None:
     """Refuse masks from which nobody can tell what is padding."""
-    if _full_mask(mask, cache) is None or flat_mask(mask, cache, new) is not None:
+    if isinstance(mask, dict) and kv.is_static(cache) and mask.get("full_attention", mask) is None:
+        return  # no row is padded
+    if mask is None or flat_mask(mask, cache, new) is not None:
         return
     raise UnsupportedInputError(
         "a pruned prompt needs the 2-D attention mask (batch, tokens) or None, got "
         + (f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__)
         + (", which generate() made for a static cache: use another attn_implementation" if kv.is_static(cache) else "")
     )
-
-
-def _full_mask(mask: Any, cache: Any) -> Any:
-    """Of the masks by layer type that generate() may bring for a static cache that of full attention; None: all real."""
-    if isinstance(mask, dict) and "full_attention" in mask and kv.is_static(cache):
-        return mask["full_attention"]
-    return mask
