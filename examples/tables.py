@@ -40,16 +40,16 @@ def speed() -> str:
     cpu, gpu = rows_of("benchmark_cpu.csv"), rows_of("benchmark_gpu.csv")
     new = cpu[0]["new_tokens"]
     hosts = [
-        f"CPU: {cpu[0]['device']}, {cpu[0]['threads']} thread, {cpu[0]['dtype']}, torch {cpu[0]['torch']}, "
+        f"- CPU: {cpu[0]['device']}, {cpu[0]['threads']} thread, {cpu[0]['dtype']}, torch {cpu[0]['torch']}, "
         f"transformers {cpu[0]['transformers']}; `generate` makes {new} tokens."
     ]
     if gpu:
         hosts.append(
-            f"GPU: {gpu[0]['device']}, bfloat16, torch {gpu[0]['torch']}, transformers {gpu[0]['transformers']}; "
+            f"- GPU: {gpu[0]['device']}, bfloat16, torch {gpu[0]['torch']}, transformers {gpu[0]['transformers']}; "
             "`generate` makes 2 tokens; a token is one of a static cache, which `generate` compiles."
         )
     else:
-        hosts.append("GPU: not measured yet; `python examples/benchmark.py --device cuda` does it.")
+        hosts.append("- GPU: not measured yet; `python examples/benchmark.py --device cuda` does it.")
     lines = [
         *hosts,
         "",
@@ -73,7 +73,8 @@ def cpu_cells(rows: list[dict[str, str]]) -> list[list[str]]:
     """A row of the table for each setting of `benchmark.py`."""
     cells = []
     settings = by_setting(rows, ("model", "visual_tokens", "budget", "batch", "scorer"))
-    for (model, visual, kept, batch, scorer), own in sorted(settings.items(), key=lambda x: (x[0][0], int(x[0][1]))):
+    for (model, *numbers, scorer), own in sorted(settings.items(), key=lambda x: (x[0][0], *map(int, x[0][1:4]))):
+        visual, kept, batch = numbers
         found = {row["metric"]: row for row in own}
         prefill, whole = found["prefill"], found.get("generate", {}).get("ratio")
         tower = share(found["vision_tower"]["unpatched"], prefill["unpatched"])
@@ -122,10 +123,10 @@ def beside(rows: list[dict[str, str]]) -> list[str]:
     full = {x["metric"]: x for x in rows if x["budget"] == x["visual_tokens"]}
     equal = [x for x in rows if x["metric"] == "decode_equal_kv"]
     return [
-        f"On the CPU, choosing what to keep (stages 1 and 2) takes {min(spent):.1f} to {max(spent):.1f} % of the "
+        f"- On the CPU, choosing what to keep (stages 1 and 2) takes {min(spent):.1f} to {max(spent):.1f} % of the "
         "unpruned prefill.",
-        f"A patch with nothing to prune: prefill {quartiles(full['prefill'])}, a token {quartiles(full['decode'])}.",
-        "A token, against the stock model on a cache cut to as many tokens after a full prefill: "
+        f"- There, a patch with nothing to prune: prefill {quartiles(full['prefill'])}, a token {quartiles(full['decode'])}.",
+        "- There, a token against the stock model on a cache cut to as many tokens after a full prefill: "
         + "; ".join(f"{NAMES[x['model']].split(',')[0]} {quartiles(x)}" for x in equal)
         + ".",
     ]
