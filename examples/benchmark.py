@@ -4,7 +4,7 @@
 row per setting and metric. The plot is made from the CSV alone (``--plot FILE.csv`` redraws it). ``--device cuda`` runs
 `benchmark_gpu.py` instead, which takes its own options (``--seconds``, ``--runs``, ``--only``) and writes its own file.
 
-A LLaVA, whose vision tower has 4 % of the arithmetic of a prefill, and a Qwen2.5-VL, whose tower has 30 %: what pruning
+A LLaVA, whose vision tower has 4 % of the arithmetic of a prefill, and a Qwen2.5-VL, whose tower has a third: what pruning
 cannot save.
 
 What the columns mean
@@ -627,13 +627,13 @@ def plot(path: Path) -> None:
                 elinewidth=1,
                 label=f"{NAMES[model]}, {visual:,} tokens, batch {batch}, {scorer}",
             )
-    shares = sorted({100 * int(x["budget"]) / int(x["visual_tokens"]) for x in rows})
+    shares = sorted({round(100 * int(x["budget"]) / int(x["visual_tokens"]), 1) for x in rows})
     speeds = [2**i for i in range(8)]
     for axes, title in zip(panels, ("Prefill", f"Generation of {rows[0]['new_tokens']} tokens"), strict=True):
         axes.set_title(title, loc="left", weight="bold")
         axes.set_xscale("log")
         axes.set_yscale("log")
-        axes.set_xticks(shares, [f"{share:.1f}" for share in shares])
+        axes.set_xticks(shares, [f"{share}" for share in shares])
         axes.set_yticks(speeds, [f"{speed}x" for speed in speeds])
         axes.minorticks_off()
         axes.set_xlabel("visual tokens kept, average over the layers (%)")

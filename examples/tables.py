@@ -125,7 +125,8 @@ def beside(rows: list[dict[str, str]]) -> list[str]:
     return [
         f"- On the CPU, choosing what to keep (stages 1 and 2) takes {min(spent):.1f} to {max(spent):.1f} % of the "
         "unpruned prefill.",
-        f"- There, a patch with nothing to prune: prefill {quartiles(full['prefill'])}, a token {quartiles(full['decode'])}.",
+        f"- There, a patch with nothing to prune: prefill {quartiles(full['prefill'])}, a token "
+        f"{quartiles(full['decode'])}.",
         "- There, a token against the stock model on a cache cut to as many tokens after a full prefill: "
         + "; ".join(f"{NAMES[x['model']].split(',')[0]} {quartiles(x)}" for x in equal)
         + ".",
