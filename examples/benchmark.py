@@ -4,8 +4,8 @@
 row per setting and metric. The plot is made from the CSV alone (``--plot FILE.csv`` redraws it). ``--device cuda`` runs
 `benchmark_gpu.py` instead, which takes its own options (``--seconds``, ``--runs``, ``--only``) and writes its own file.
 
-A LLaVA, whose vision tower has 4 % of the arithmetic of a prefill, and a Qwen2.5-VL, whose tower has a third: what pruning
-cannot save.
+A LLaVA, whose vision tower has 4 % of the arithmetic of a prefill, and a Qwen2.5-VL, whose tower takes a third of the
+time of one: what pruning cannot save.
 
 What the columns mean
     unpatched, patched   medians: seconds, seconds per token (decode), or bytes. Seconds are CPU time of the one thread
