@@ -75,7 +75,7 @@ class Engine(EarlyStage):
         # PEFT copies single modules (modules_to_save): their hooks stay this patch's, and the model is not copied along
         if id(self.parts.model) not in memo and id(self.parts.base) not in memo:
             return self
-        copy = memo[id(self)] = Engine.__new__(Engine)
+        copy = memo[id(self)] = type(self).__new__(type(self))
         copy.__dict__.update(deepcopy({**self.__dict__, "_hooks": None}, memo))
         return copy
 

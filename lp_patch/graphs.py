@@ -299,7 +299,7 @@ class CompiledEngine(Engine):
         given = {name: x for name, x in encoding.arguments.items() if name != "kwargs"}
         pixels = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
         rest = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in given.items() if name not in pixels}
-        if args or not pixels or torch.is_grad_enabled() or rest.get("output_attentions"):
+        if not pixels or torch.is_grad_enabled() or rest.get("output_attentions"):
             return wrapped(*args, **kwargs)
         shapes = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in pixels.items())
         facts = tuple((name, repr(x.tolist() if isinstance(x, Tensor) else x)) for name, x in rest.items())

@@ -43,10 +43,9 @@ def main() -> None:
     layers = model.model.language_model.layers
     found: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def observe(
-        number: int, _: None, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: float
-    ) -> None:
+    def observe(number: int, _: None, query: torch.Tensor, key: torch.Tensor, *rest: torch.Tensor | float) -> None:
         """Attention (S,) received from the text after the picture, and from the last token."""
+        _value, scaling = rest
         text = torch.zeros(1, query.shape[2])
         text[:, after:] = 1 / (query.shape[2] - after)
         last = torch.zeros_like(text)
