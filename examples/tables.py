@@ -12,35 +12,125 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 RESULTS = ROOT / "examples" / "results"
-SHAPES = {"small": "of a 0.4 B LLaVA", "7b": "of LLaVA-1.5-7B"}
+NAMES = {"llava": "LLaVA, 0.4 B", "qwen2_5_vl": "Qwen2.5-VL, 0.4 B"}
+GPU_TOTAL, GPU_TOKEN = "generate, 2 new tokens", "a decoded token, static cache"
 
 
-def speed(device: str) -> str:
-    """Speed-ups, limits and what share of them is reached."""
-    with (RESULTS / f"benchmark_{device}.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    one = rows[0]
-    lines = [
-        f"{one['device']}, {one['dtype']}, random weights in the shapes {SHAPES[one['size']]}"
-        + (f", {one['threads']} thread(s)" if device == "cpu" else "")
-        + f", torch {one['torch']}, transformers {one['transformers']}.",
-        "",
-        "| visual tokens | kept | batch | scorer | prefill | limit | reached | generate | limit | KV cache |",
-        "|---:|---:|---:|---|---:|---:|---:|---:|---:|---:|",
+def rows_of(name: str) -> list[dict[str, str]]:
+    """A CSV file of the results; nothing if it was not measured."""
+    path = RESULTS / name
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def times(value: str | None) -> str:
+    """A ratio as a cell."""
+    return f"{float(value):.2f}x" if value else ""
+
+
+def share(tower: str | None, prefill: str) -> str:
+    """The vision tower's share of the unpatched prefill, as a cell."""
+    return f"{100 * float(tower) / float(prefill):.0f} %" if tower else ""
+
+
+def speed() -> str:
+    """Speed-ups on a CPU and, where that was measured, on a GPU."""
+    cpu, gpu = rows_of("benchmark_cpu.csv"), rows_of("benchmark_gpu.csv")
+    new = cpu[0]["new_tokens"]
+    hosts = [
+        f"- CPU: {cpu[0]['device']}, {cpu[0]['threads']} thread, {cpu[0]['dtype']}, torch {cpu[0]['torch']}, "
+        f"transformers {cpu[0]['transformers']}; `generate` makes {new} tokens."
     ]
-    settings: dict[tuple, dict[str, dict]] = {}
+    if gpu:
+        hosts.append(
+            f"- GPU: {gpu[0]['device']}, bfloat16, torch {gpu[0]['torch']}, transformers {gpu[0]['transformers']}; "
+            "`generate` makes 2 tokens; a token is one of a static cache, which `generate` compiles."
+        )
+    else:
+        hosts.append("- GPU: not measured yet; `python examples/benchmark.py --device cuda` does it.")
+    lines = [
+        *hosts,
+        "",
+        "| | model | visual tokens | kept | batch | vision tower | prefill | `compile=True` | stock in graphs too "
+        "| generate | a token |",
+        "|---|---|---:|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    lines += ["| " + " | ".join(cells) + " |" for cells in [*cpu_cells(cpu), *gpu_cells(gpu)]]
+    return "\n".join([*lines, "", *beside(cpu)])
+
+
+def by_setting(rows: list[dict[str, str]], names: tuple[str, ...]) -> dict[tuple, list[dict[str, str]]]:
+    """Rows of the same setting, in the file's order."""
+    found: dict[tuple, list[dict[str, str]]] = {}
     for row in rows:
-        key = (int(row["visual_tokens"]), int(row["budget"]), int(row["batch"]), row["scorer"])
-        settings.setdefault(key, {})[row["metric"]] = row
-    for (visual, kept, batch, scorer), found in sorted(settings.items()):
-        prefill, whole, cache = found["prefill"], found.get("generate"), found.get("kv_cache")
-        cells = [str(visual), str(kept), str(batch), scorer]
-        cells += [f"{float(prefill['ratio']):.2f}x", f"{float(prefill['limit']):.2f}x"]
-        cells += [f"{100 * float(prefill['share_of_limit']):.0f} %"]
-        cells += [f"{float(whole['ratio']):.2f}x", f"{float(whole['limit']):.2f}x"] if whole else ["", ""]
-        cells += [f"{float(cache['ratio']):.1f}x smaller"] if cache else [""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        found.setdefault(tuple(row[x] for x in names), []).append(row)
+    return found
+
+
+def cpu_cells(rows: list[dict[str, str]]) -> list[list[str]]:
+    """A row of the table for each setting of `benchmark.py`."""
+    cells = []
+    settings = by_setting(rows, ("model", "visual_tokens", "budget", "batch", "scorer"))
+    for (model, *numbers, scorer), own in sorted(settings.items(), key=lambda x: (x[0][0], *map(int, x[0][1:4]))):
+        visual, kept, batch = numbers
+        found = {row["metric"]: row for row in own}
+        prefill, whole = found["prefill"], found.get("generate", {}).get("ratio")
+        tower = share(found["vision_tower"]["unpatched"], prefill["unpatched"])
+        kept = "all" if kept == visual else f"{kept}, {scorer}"
+        ratios = [f"{times(prefill['ratio'])} of {times(prefill['limit'])}", "", "", times(whole)]
+        cells.append(["CPU", NAMES[model], visual, kept, batch, tower, *ratios, times(found["decode"]["ratio"])])
+    return cells
+
+
+def gpu_cells(rows: list[dict[str, str]]) -> list[list[str]]:
+    """A row of the table for each setting of `benchmark_gpu.py` that has a prefill."""
+    cells = []
+    settings = by_setting(rows, ("model", "visual_tokens", "kept", "batch", "scorer"))
+    for (model, visual, kept, batch, scorer), own in settings.items():
+        found = {(row["metric"], row["variant"]): row["value"] for row in own}
+        if ("prefill", "stock") not in found:
+            continue
+
+        def over(metric: str, variant: str, base: str = "stock", found: dict = found) -> str:
+            return times(found.get((f"{metric}, speed-up over {base}", variant)))
+
+        cells.append(
+            [
+                *("GPU", model, visual, f"{kept}, {scorer}", batch),
+                share(found.get(("encoding images", "stock")), found["prefill", "stock"]),
+                over("prefill", "patched"),
+                over("prefill", "patched graphs"),
+                over("prefill", "patched graphs", "stock graphs"),
+                over(GPU_TOTAL, "patched graphs") or over(GPU_TOTAL, "patched"),
+                over(GPU_TOKEN, "patched"),
+            ]
+        )
+    return cells
+
+
+def beside(rows: list[dict[str, str]]) -> list[str]:
+    """What else the CPU's file says."""
+
+    def ratio(row: dict[str, str], name: str = "ratio") -> str:
+        return f"{float(row[name]):.2f}"
+
+    def quartiles(row: dict[str, str]) -> str:
+        return f"{ratio(row)}x (quartiles {ratio(row, 'ratio_q1')} to {ratio(row, 'ratio_q3')}, {row['pairs']} pairs)"
+
+    spent = [100 * float(x["ratio"]) for x in rows if x["metric"] == "both_stages"]
+    full = {x["metric"]: x for x in rows if x["budget"] == x["visual_tokens"]}
+    equal = [x for x in rows if x["metric"] == "decode_equal_kv"]
+    return [
+        f"- On the CPU, choosing what to keep (stages 1 and 2) takes {min(spent):.1f} to {max(spent):.1f} % of the "
+        "unpruned prefill.",
+        f"- There, a patch with nothing to prune: prefill {quartiles(full['prefill'])}, a token "
+        f"{quartiles(full['decode'])}.",
+        "- There, a token against the stock model on a cache cut to as many tokens after a full prefill: "
+        + "; ".join(f"{NAMES[x['model']].split(',')[0]} {quartiles(x)}" for x in equal)
+        + ".",
+    ]
 
 
 def models() -> str:
@@ -59,7 +149,7 @@ def modes() -> str:
 
 def fill(readme: str) -> str:
     """The README with every section between its marks made anew."""
-    sections = {"speed": lambda: speed("cpu"), "speed gpu": lambda: speed("cuda"), "models": models, "modes": modes}
+    sections = {"speed": speed, "models": models, "modes": modes}
     for name, make in sections.items():
         begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
         before, rest = readme.split(begin)

@@ -35,7 +35,7 @@ from .plan import Planned, find_inputs, find_places, make_plan, query_weights
 from .prefill import cut_deepstack, cut_input, facts_of, weigh_queries
 from .prompt import make_prompt, read_host
 from .read import ENCODED, Call, PerThread, State, shows_images
-from .refuse import check_call, check_mask, flat_mask
+from .refuse import all_real, check_call, check_mask, flat_mask
 from .registry import Parts
 from .select import take
 from .settings import Settings
@@ -181,8 +181,8 @@ class Engine(EarlyStage):
         if tokens.dim() == 2:
             like = torch.empty((*tokens.shape, 0), dtype=self.parts.language_model.dtype, device=tokens.device)
         config = self.parts.language_model.config
-        if new == 1 and mask is None and not kv.is_padded(cache) and causal_mask(config, like, None, 1) is None:
-            return args, kwargs  # nobody looks at a mask, so none is of the wrong length
+        if new == 1 and not kv.is_padded(cache) and causal_mask(config, like, None, 1) is None and all_real(mask):
+            return args, {**kwargs, "attention_mask": None}  # nobody looks at a mask, so none is of the wrong length
         check_mask(mask, cache, new)
         forward = self._start(Forward(self.settings, new, flat_mask(mask, cache, new), cache))
         keys = forward.keys_of(config, 0, like)

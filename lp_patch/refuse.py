@@ -65,6 +65,11 @@ def check_call(parts: Parts, plan: Plan, prompt: Prompt, kwargs: dict, compact: 
         )
 
 
+def all_real(mask: Any) -> bool:
+    """Whether a mask (B, tokens) hides nothing. It waits for the device, as transformers does before it drops one."""
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and bool(mask.all()))
+
+
 def flat_mask(mask: Any, cache: Any, new: int) -> Tensor | None:
     """The mask as (B, tokens seen + new), or None if all are real, or if that cannot be told.
 

@@ -1,8 +1,8 @@
 """The README's tables of families and modes, from what the tests said under each version of transformers.
 
-`python -m pytest --matrix` notes the outcomes in `tests/matrix/<version>.json`; `examples/tables.py` puts the tables
-into the README. A cell is "yes" only where all its tests that ran passed, and says what a version or a family
-cannot do.
+`python -m pytest --matrix` notes the outcomes in `tests/matrix/<version>.json`, also of single test functions (whole
+ones, with all their parameters); `examples/tables.py` puts the tables into the README. A cell is "yes" only where all
+its tests that ran passed, and says what a version or a family cannot do.
 """
 
 import json
@@ -158,12 +158,19 @@ def family_of(item) -> str | None:
 def note(results: list[tuple[str, str, dict]], version: str) -> None:
     """Write what each test function came to under one version: all its parameters together, and by family.
 
+    What did not run this time stays as it was noted, unless no table asks for it any more.
+
     `results`: the test, its outcome, and what it recorded: its family; "cell", where the answer is no plain yes, with
     the reason; "difference", the largest to the oracle.
     """
     modes = {test for tests in ROWS.values() for test in tests}
     asked = {test for tests in ASKED.values() for test in tests}
-    content: dict = {"modes": {}, "families": {}}
+    path = FOLDER / f"{version}.json"
+    content: dict = json.loads(path.read_text()) if path.exists() else {"modes": {}, "families": {}}
+    ran = {(test, properties["family"]) for test, _, properties in results}
+    content["modes"] = {x: v for x, v in content["modes"].items() if x in modes - {test for test, _ in ran}}
+    for family, found in content["families"].items():
+        content["families"][family] = {x: v for x, v in found.items() if x in asked and (x, family) not in ran}
     for test, outcome, properties in sorted(results, key=lambda x: x[0]):
         if test in modes:
             found = content["modes"].setdefault(test, [])
@@ -176,7 +183,7 @@ def note(results: list[tuple[str, str, dict]], version: str) -> None:
             if "difference" in properties:
                 one["difference"] = max(properties["difference"], one.get("difference", 0.0))
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"{version}.json").write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def versions() -> list[tuple[str, dict]]:

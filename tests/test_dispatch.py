@@ -163,3 +163,23 @@ def test_no_hook_of_a_layer_is_called_in_vain(deep):
         found, hooks = called_in_a_step(model, inputs)
     assert set(found) == {"before_model", "before_base", "before_language_model"}
     assert not [hook for hook in hooks if getattr(getattr(hook, "func", hook), "__name__", "") == "before_layer"]
+
+
+@torch.no_grad()
+def test_a_mask_of_ones_costs_a_step_no_more_than_stock(deep):
+    """generate() always brings one: it is looked at once, and not by the layers."""
+    model, inputs, _ = deep
+
+    def step():
+        out = model(**inputs, use_cache=True)
+        length = inputs["input_ids"].shape[1]
+        given = {"position_ids": torch.tensor([[length]]), "attention_mask": torch.ones(1, length + 1)}
+        with Counted() as counted:
+            model(input_ids=torch.tensor([[5]]), **given, **{CACHE: out[CACHE]})
+        return counted
+
+    stock = step()
+    with lp_patch.applied(model, tokens=32):
+        pruned = step()
+    assert pruned.total <= 1.003 * stock.total, pruned.ops - stock.ops
+    assert pruned.waits <= stock.waits

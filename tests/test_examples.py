@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,17 +90,19 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_benchmark_rows(benchmark: Path) -> None:
     rows = read(benchmark)
     metrics = {"vision_tower", "prefill", "decode", "generate", "kv_cache", "selection", "scoring", "both_stages"}
-    settings = {tuple(row[x] for x in ("visual_tokens", "budget", "batch", "scorer")) for row in rows}
+    settings = {tuple(row[x] for x in ("visual_tokens", "budget", "batch", "scorer", "model")) for row in rows}
     assert settings == {
-        ("576", "64", "1", "diversity"),
-        ("576", "32", "1", "learned"),
-        ("2880", "160", "1", "diversity"),
-        ("576", "64", "4", "diversity"),
-        ("576", "576", "1", "diversity"),
+        ("576", "64", "1", "diversity", "llava"),
+        ("576", "32", "1", "learned", "llava"),
+        ("2880", "160", "1", "diversity", "llava"),
+        ("576", "64", "4", "diversity", "llava"),
+        ("576", "576", "1", "diversity", "llava"),
+        ("640", "71", "1", "diversity", "qwen2_5_vl"),
     }
     for setting in settings:
         mine = {row["metric"] for row in rows if (row["budget"], row["batch"]) == (setting[1], setting[2])}
         wanted = metrics if setting[1] != "576" else {"vision_tower", "prefill", "decode", "kv_cache"}
+        wanted = wanted | ({"decode_equal_kv"} if setting[4] == "qwen2_5_vl" else set())
         assert mine - {"peak_memory", "working_memory"} == wanted
     for row in rows:
         numbers = [float(row[x]) for x in ("patched", "ratio", "ratio_q1", "ratio_q3")]
@@ -111,7 +114,7 @@ def test_benchmark_rows(benchmark: Path) -> None:
 
 
 def test_benchmark_limit_is_the_closed_form(benchmark: Path) -> None:
-    """The counted arithmetic of the tiny model, against the same worked out by hand from its shapes."""
+    """The counted arithmetic of the tiny LLaVA, against the same worked out by hand from its shapes."""
     vision, mlp, hidden, text_mlp, layers, vocabulary, text = 64, 128, 64, 128, 4, 32064, 60
     linear = 4 * hidden**2 + 3 * hidden * text_mlp
     tower = 3 * (2 * 577 * (4 * vision**2 + 2 * vision * mlp) + 4 * vision * 577**2) + 2 * 576 * 3 * 14**2 * vision
@@ -129,6 +132,42 @@ def test_benchmark_limit_is_the_closed_form(benchmark: Path) -> None:
     assert float(row["share_of_limit"]) == pytest.approx(float(row["ratio"]) / expected, rel=1e-3)
     cache = next(x for x in read(benchmark) if (x["budget"], x["batch"], x["metric"]) == ("64", "1", "kv_cache"))
     assert float(cache["ratio"]) == pytest.approx((576 + text) / ((96 + 32) / 2 + text), rel=1e-3)
+
+
+def test_benchmark_limit_of_a_tower_with_windows(benchmark: Path) -> None:
+    """The same for the tiny Qwen2.5-VL: 40 x 64 patches, windows of 8 x 8 of them, its last layer and first whole."""
+    width, mlp, hidden, text_mlp, vocabulary, text = 64, 128, 64, 128, 32064, 60
+    patches, merged, window = 40 * 64, 640, 64
+    tower = 2 * patches * 3 * 2 * 14**2 * width + 2 * merged * ((4 * width) ** 2 + 4 * width * hidden)
+    for seen in (patches, window, patches):
+        tower += 2 * patches * (4 * width**2 + 3 * width * mlp) + 4 * width * patches * seen
+
+    def prefill(visual: list[int]) -> float:
+        flops = tower + 2 * hidden * vocabulary
+        for tokens in (n + text for n in visual):
+            # half as many heads of keys and values as of queries
+            flops += 2 * tokens * (3 * hidden**2 + 3 * hidden * text_mlp) + 4 * hidden * tokens * (tokens + 1) / 2
+        return flops
+
+    # k = 2 of 4 layers; R2 = ceil(4 * 71 / (3 * 2 + 2)) = 36, R1 = 108
+    expected = prefill([merged] * 4) / prefill([108, 108, 36, 36])
+    row = next(x for x in read(benchmark) if (x["model"], x["metric"]) == ("qwen2_5_vl", "prefill"))
+    assert float(row["limit"]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_benchmark_on_a_gpu_is_the_script_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its own options, which are not this one's."""
+    import benchmark
+
+    called = []
+    script = types.SimpleNamespace(main=lambda: called.append(sys.argv))
+    monkeypatch.setitem(sys.modules, "benchmark_gpu", script)
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cuda", "--seconds", "60"])
+    benchmark.main()
+    assert called == [["benchmark.py", "--device", "cuda", "--seconds", "60"]]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--seconds", "60"])
+    with pytest.raises(SystemExit):
+        benchmark.main()
 
 
 def test_benchmark_plot_needs_only_the_file(benchmark: Path, tmp_path: Path) -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from tiny import batch, images, tiny_llava, tokens
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import lp_patch
 
@@ -22,11 +24,25 @@ def snippets(text):
     return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
 
 
+def conversation():
+    """A picture and two turns."""
+    picture = Image.new("RGB", (336, 336), (200, 30, 30))
+    first = [{"type": "image", "image": picture}, {"type": "text", "text": "Is there a cat in the image?"}]
+    answer = [{"type": "text", "text": "no"}]
+    second = [{"type": "text", "text": "Where is the sign?"}]
+    turns = zip(("user", "assistant", "user"), (first, answer, second), strict=True)
+    return [{"role": role, "content": content} for role, content in turns]
+
+
 @pytest.mark.parametrize("code", snippets(README))
 def test_snippets_of_the_readme(code, capsys):
     model = tiny_llava(dtype=torch.float32)
-    inputs = batch([tokens(3, "image", 9)], images(1, dtype=torch.float32))
-    exec(code, {"model": model, "inputs": inputs})
+    names = {"model": model, "inputs": batch([tokens(3, "image", 9)], images(1, dtype=torch.float32))}
+    if "processor" in code:
+        folder = ROOT / "examples" / "testbed" / "model"
+        model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+        names = {"model": model, "processor": AutoProcessor.from_pretrained(folder), "conversation": conversation()}
+    exec(code, names)
     assert capsys.readouterr().out
     assert not lp_patch.is_applied(model)
 

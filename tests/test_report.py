@@ -178,9 +178,13 @@ def test_a_notebook_shows_the_same_table():
     lines = str(report).splitlines()
     rows = [line.split() for line in lines[1:-3]]
     cells = [page.cells[i : i + 7] for i in range(0, len(page.cells), 7)]
-    assert cells[0][0] == "layers" and [[x for x in row if x] for row in cells[1:]] == rows[1:]
+    assert cells[0][0] == "layers" and [" ".join(row).split() for row in cells[1:]] == rows[1:]
     first, second = (sum(map(len, x)) for x in (trace.stage1, trace.stage2))
-    assert [row[:3] for row in rows[1:]] == [["1-2", "1", f"{first}"], ["3-5", "2", f"{second}"], ["6-6", "wiped", "0"]]
+    assert [row[:3] for row in cells[-3:]] == [
+        ["1-2", "1", f"{first}"],
+        ["3-5", "2", f"{second}"],
+        ["6-6", "wiped", "0"],
+    ]
     assert page.tags.count("tr") == len(rows)
     # an option may hold any text
     report.settings["scorer"] = "<script>"
