@@ -20,21 +20,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig
 
 from . import cache as kv
 from .attention import KEY, install_tap
-from .compat import PREFILL_METHODS, cache_in, causal_mask, uncounted
+from .compat import cache_in, causal_mask, uncounted
 from .cut import left_mask
-from .early import EarlyStage
 from .errors import UnsupportedInputError
 from .forward import Forward, Tapped
 from .install import Installation, LayerHooks
 from .outputs import finish
-from .plan import Planned, find_inputs, find_places, make_plan, query_weights
-from .prefill import cut_deepstack, cut_input, facts_of, weigh_queries
-from .prompt import make_prompt, read_host
-from .read import ENCODED, Call, PerThread, State, shows_images
+from .planning import EngineState, Planner
+from .prefill import cut_deepstack, cut_input, weigh_queries
+from .read import ENCODED, Call
 from .refuse import all_real, check_call, check_mask, flat_mask
 from .registry import Parts
 from .select import take
@@ -43,25 +40,7 @@ from .step import Step, is_static_step, static_step, tokens_of
 from .trace import Record
 
 
-class EngineThread(PerThread):
-    """What one thread is doing with the model."""
-
-    record: Record | None = None
-    chunk: int | None = None
-
-
-class EngineState(State):
-    """All that changes while a patched model runs."""
-
-    def __init__(self) -> None:
-        self.local: EngineThread = EngineThread()
-        self.last_record: Record | None = None
-        self.warned: set[str] = set()
-        self.held = False
-        self.unfit: set[tuple] = set()  # what `graphs` could not capture
-
-
-class Engine(EarlyStage):
+class Engine(Planner):
     """The hooks of one patched model."""
 
     state: EngineState
@@ -86,9 +65,6 @@ class Engine(EarlyStage):
         """Put on the model what stays there."""
         super().install(on)
         parts = self.parts
-        for name in PREFILL_METHODS:
-            if hasattr(parts.model, name):
-                on.wrap(parts.model, name, self.around_prefill)
         on.before(parts.language_model, self.before_language_model)
         if self.settings.config.stage_ratio > 1:
             on.note(install_tap(parts.attention[self.settings.shape.layer - 1], self.observe_text))
@@ -100,18 +76,6 @@ class Engine(EarlyStage):
                 [(layer, partial(self.before_layer, index)) for index, layer in enumerate(self.parts.layers)]
             )
         return self._hooks
-
-    # ------------------------------------------------------------------ the whole model
-
-    @torch.compiler.disable
-    def around_prefill(self, wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
-        """Wraps the prefill of generate(): whether it cuts the prompt into chunks."""
-        given = [*args, *kwargs.values()]
-        self.state.local.chunk = next((x.prefill_chunk_size for x in given if isinstance(x, GenerationConfig)), None)
-        try:
-            return wrapped(*args, **kwargs)
-        finally:
-            self.state.local.chunk = None
 
     # ------------------------------------------------------------------ the language model
 
@@ -199,48 +163,10 @@ class Engine(EarlyStage):
             self.state.held = True
             self._layer_hooks().put()
 
-    def before_base(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
-        """A forward starts. Where token ids tell all, they are read now: later the device is busy with the images."""
-        super().before_base(module, args, kwargs)
-        call, adapter = self.state.local.call, self.parts.adapter
-        if call is not None and call.shows and call.ids is not None and adapter.structural is None is adapter.merge:
-            call.expected = sum(shows_images(name, kwargs[name]) for name in kwargs)
-            call.given = kwargs.get("attention_mask")
-            call.host = self._read(call, None, call.ids.shape, kwargs)
-            self.encoded(call)
-
-    def _read(self, call: Call, embeds: Tensor | None, shape: tuple[int, ...], kwargs: dict) -> Any:
-        """The caller's mask as (B, seen + S), and what the host must know of the prompt."""
-        cache, length = cache_in(kwargs), shape[1]
-        flat = flat_mask(kwargs.get("attention_mask"), cache, length)
-        seen = kv.seen_tokens(cache) if isinstance(cache, kv.Cache) else 0
-        asking = self.asking_of(call.generated, shape[0], length, seen)
-        mask = None if flat is None else flat[:, -length:]
-        return flat, asking is not None, read_host(self, call, embeds, mask, asking, kwargs)
-
-    def encoded(self, call: Call) -> None:
-        """All images of a call may be encoded, and the device busy with them: plan meanwhile."""
-        if call.host is not None and len(call.features) == call.expected:
-            call.planned = self._plan(call)
-
-    def _plan(self, call: Call) -> Planned:
-        flat, named, host = call.host
-        prompt = make_prompt(self, call, host)
-        facts = [[facts_of(x) for x in call.features[m.name]] for m in prompt.modalities]
-        adapter, settings = self.parts.adapter, self.settings
-        inputs = find_inputs(prompt, facts, adapter.merge_adjacent, settings.budget, adapter.split)
-        plan = make_plan(inputs, prompt, settings.shape.wipe_layer is not None)
-        places = weights = None
-        if not plan.nothing:
-            places = find_places(plan, prompt)
-            weights = query_weights(settings.text_scorer.weigh, plan, prompt, named) if plan.cuts else None
-        return Planned(flat, prompt, plan, places, weights)
-
     def _prefill(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward with new visual tokens."""
         embeds, cache = kwargs["inputs_embeds"], cache_in(kwargs)
-        batch, length = embeds.shape[:2]
-        settings = self.settings
+        length, settings = embeds.shape[1], self.settings
         if call.planned is None or call.given is not kwargs.get("attention_mask"):
             call.host = self._read(call, embeds, embeds.shape[:2], kwargs)
             call.planned = self._plan(call)

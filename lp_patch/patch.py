@@ -89,6 +89,15 @@ class Patch:
         forget_compiled(self._parts.model)
 
     @property
+    def captured(self) -> dict[str, int]:
+        """With `compile=True`: how many regions are captured, and the device memory in bytes that they hold."""
+        engine = self._engine
+        if not isinstance(engine, CompiledEngine):
+            return {"regions": 0, "bytes": 0}
+        regions = [*engine.encoders.kept.values(), *engine.languages.kept.values()]
+        return {"regions": len(regions), "bytes": sum(x.bytes for x in regions)}
+
+    @property
     def active(self) -> bool:
         """Whether the model is patched by this handle now."""
         return self._installation.active

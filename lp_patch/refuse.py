@@ -23,11 +23,7 @@ def check_call(parts: Parts, plan: Plan, prompt: Prompt, kwargs: dict, compact: 
         chunk: into how many tokens generate() cuts the prompt, or None.
     """
     cache, family = cache_in(kwargs), parts.adapter.family
-    if chunk is not None:
-        raise UnsupportedInputError(
-            f"prefill_chunk_size={chunk} cuts the prompt between its images and the question, which stage 2 needs "
-            "together: pass prefill_chunk_size=None, or remove the patch"
-        )
+    refuse_chunks(chunk)
     if parts.adapter.split is not None and prompt.ids is None:
         raise UnsupportedInputError(
             f"{family} tells a prompt's images apart by its token ids: give input_ids, not inputs_embeds"
@@ -62,6 +58,15 @@ def check_call(parts: Parts, plan: Plan, prompt: Prompt, kwargs: dict, compact: 
         raise UnsupportedInputError(
             f"row {int(empty.argmax())} holds pictures alone: final_wipe_layer would leave nothing of it. Add text to "
             "the prompt, or leave final_wipe_layer out"
+        )
+
+
+def refuse_chunks(chunk: int | None) -> None:
+    """Refuse a prompt that generate() cuts into so many tokens at a time."""
+    if chunk is not None:
+        raise UnsupportedInputError(
+            f"prefill_chunk_size={chunk} cuts the prompt between its images and the question, which stage 2 needs "
+            "together: pass prefill_chunk_size=None, or remove the patch"
         )
 
 
