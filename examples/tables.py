@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 RESULTS = ROOT / "examples" / "results"
 NAMES = {"llava": "LLaVA, 0.4 B", "qwen2_5_vl": "Qwen2.5-VL, 0.4 B"}
-GPU_TOTAL, GPU_TOKEN = "generate, 2 new tokens", "a decoded token, static cache"
+GPU_TOTAL, GPU_TOKEN = "generate, 2 new tokens", "a decoded token, dynamic cache"
 
 
 def rows_of(name: str) -> list[dict[str, str]]:
@@ -46,7 +46,7 @@ def speed() -> str:
     if gpu:
         hosts.append(
             f"- GPU: {gpu[0]['device']}, bfloat16, torch {gpu[0]['torch']}, transformers {gpu[0]['transformers']}; "
-            "`generate` makes 2 tokens; a token is one of a static cache, which `generate` compiles."
+            "`generate` makes 2 tokens; a token is one of a dynamic cache."
         )
     else:
         hosts.append("- GPU: not measured yet; `python examples/benchmark.py --device cuda` does it.")
@@ -87,8 +87,9 @@ def cpu_cells(rows: list[dict[str, str]]) -> list[list[str]]:
 def gpu_cells(rows: list[dict[str, str]]) -> list[list[str]]:
     """A row of the table for each setting of `benchmark_gpu.py` that has a prefill."""
     cells = []
-    settings = by_setting(rows, ("model", "visual_tokens", "kept", "batch", "scorer"))
-    for (model, visual, kept, batch, scorer), own in settings.items():
+    rows = [{"host": "", **row} for row in rows]  # two rented machines may differ more than two variants
+    settings = by_setting(rows, ("host", "model", "visual_tokens", "kept", "batch", "scorer"))
+    for (host, model, visual, kept, batch, scorer), own in settings.items():
         found = {(row["metric"], row["variant"]): row["value"] for row in own}
         if ("prefill", "stock") not in found:
             continue
@@ -98,7 +99,7 @@ def gpu_cells(rows: list[dict[str, str]]) -> list[list[str]]:
 
         cells.append(
             [
-                *("GPU", model, visual, f"{kept}, {scorer}", batch),
+                *(f"GPU {host}".strip(), model, visual, f"{kept}, {scorer}", batch),
                 share(found.get(("encoding images", "stock")), found["prefill", "stock"]),
                 over("prefill", "patched"),
                 over("prefill", "patched graphs"),
