@@ -124,7 +124,7 @@ def test_an_exception_in_assisted_decoding_leaves_no_guesses(family):
 @families
 def test_guessing_by_copies_and_by_the_model_itself(family):
     """A deep copy's hooks are its own; an assistant that is the model itself, or its copy, takes nothing from it."""
-    for seed in range(104, 108):
+    for seed in (104, 105):
         model, scene = make(family, which=(0,), seed=seed)
         lp_patch.apply(model, **OPTIONS)
         twin = copy.deepcopy(model)

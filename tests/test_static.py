@@ -80,7 +80,8 @@ def test_one_graph(family):
         assert len(graphs) == 1
 
 
-@pytest.mark.parametrize("family", TWO)
+@pytest.mark.long
+@pytest.mark.parametrize("family", NORMAL)
 def test_after_the_patch_and_before_it(family):
     """A graph that was made without the patch is not used under it, nor the other way round."""
     model, scene = tiny(family, which=(0,))
