@@ -153,9 +153,9 @@ def test_config_of_another_type(config):
         make_config(config, {})
 
 
-@pytest.mark.parametrize("kind", [dict, MappingProxyType])
-def test_a_dict_is_a_config(kind):
-    given = kind({"tokens": 64, "seed": 3})
+@pytest.mark.parametrize("mapping", [dict, MappingProxyType])
+def test_a_dict_is_a_config(mapping):
+    given = mapping({"tokens": 64, "seed": 3})
     assert make_config(given, {}) == PruningConfig(tokens=64, seed=3)
     assert make_config(given, {"ratio": 0.5}) == PruningConfig(ratio=0.5, seed=3)
     assert given == {"tokens": 64, "seed": 3}
