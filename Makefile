@@ -6,6 +6,10 @@ BIN := .venv/bin
 # the end of the range, and versions between two behaviours: what the cache is called; whether generate() encodes images
 OLDER := 5.23.0 5.17.0 4.57.6
 
+# every family; before 5.23 LLaVA-OneVision's own video features do not fit its placeholders, and the tests' processors
+# are not in transformers 4
+EVERY := "(test_forward or test_several or test_padded or test_generate or test_copies) and not llava_onevision"
+
 .PHONY: demo test test-long test-older lint benchmark matrix pruner evaluate smollm clean
 
 # llava-torch without its pins, which are of 2023: tests/test_original_llava.py says with what it runs
@@ -37,6 +41,9 @@ test-older: $(OLDER:%=.venv/transformers-%)
 	for version in $(OLDER); do \
 	  PYTHONPATH=.venv/transformers-$$version $(BIN)/python -m pytest -n 2 $(FLAGS) -W ignore::DeprecationWarning \
 	    tests/test_forward.py tests/test_generate.py tests/test_lifecycle.py tests/test_wrappers.py tests/test_gate.py tests/test_original_llava.py tests/test_testbed.py || exit 1; \
+	done
+	for version in $(filter-out 4.%,$(OLDER)); do \
+	  PYTHONPATH=.venv/transformers-$$version $(BIN)/python -m pytest -n 2 -W ignore::DeprecationWarning tests/test_families.py -k $(EVERY) || exit 1; \
 	done
 
 matrix: .venv/ready

@@ -120,4 +120,6 @@ def install_tap(attention: Any, observer: Observer) -> Callable[[], None]:
 
 
 def _remove_tap(attention: Any) -> None:
-    attention.config = attention.config._tapped
+    # somebody may have given the module another config since: that is not ours to take
+    if isinstance(attention.config, TappedConfig):
+        attention.config = attention.config._tapped

@@ -161,8 +161,8 @@ def test_a_dict_is_a_config(mapping):
     assert given == {"tokens": 64, "seed": 3}
     assert make_config({}, {}) == PruningConfig()
     with pytest.raises(ConfigError, match=r"unknown option 'token'; did you mean 'tokens'\?"):
-        make_config(kind({"token": 64}), {})
+        make_config(mapping({"token": 64}), {})
     with pytest.raises(ConfigError, match="unknown option 64"):
-        make_config(kind({64: "tokens"}), {})
+        make_config(mapping({64: "tokens"}), {})
     with pytest.raises(ConfigError, match="tokens must be an int >= 1, got 0"):
-        make_config(kind({"tokens": 0}), {})
+        make_config(mapping({"tokens": 0}), {})

@@ -54,8 +54,8 @@ model = LlavaForConditionalGeneration(LlavaConfig(
 prompt = dict(input_ids=torch.tensor([[5] + [1] * 16 + [6, 7]]), pixel_values=torch.randn(1, 3, 56, 56))
 
 patch = lp_patch.apply(model)
-tapped = set(state()["attention"]) - set(after["attention"])
 text = model.generate(**prompt, max_new_tokens=3, do_sample=False)
+tapped = set(state()["attention"]) - set(after["attention"])
 print(json.dumps({
     "file": lp_patch.__file__,
     "adapters": lp_patch.adapters.__file__,
@@ -158,7 +158,7 @@ def test_installed_wheel_runs_the_one_liner(elsewhere):
     assert Path(got["file"]).resolve().is_relative_to(installed)
     assert Path(got["adapters"]).resolve().parent == Path(got["file"]).resolve().parent / "adapters"
     assert got["changed"] == []  # an import changes nothing outside lp_patch
-    assert got["tapped"] == ["lp_patch_tap"]  # the first patch makes its attention known
+    assert got["tapped"] == ["lp_patch_tap|sdpa"]  # the first call makes the tapped attention known
     assert got["length"] == 19 + 3
     # 2/9 of 16 tokens on average over 4 layers, 2 of them on stage 1: ceil(4 * 3.56 / (3 * 2 + 2)) = 2, then 3 * 2
     assert got["tokens_per_layer"] == [[6, 6, 2, 2]]

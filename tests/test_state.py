@@ -226,6 +226,16 @@ def test_a_patched_model_loads_in_a_fresh_process(tmp_path):
 # ---------------------------------------------------------------------- continuous batching
 
 
+@families
+@torch.no_grad()
+def test_pictures_in_continuous_batching_are_refused(family):
+    """Its paged cache gives every layer of a request as many slots."""
+    paged = pytest.importorskip("transformers.generation.continuous_batching.cache").PagedAttentionCache
+    model, scene = make(family, which=(0,), seed=131)
+    with lp_patch.applied(model, **OPTIONS), pytest.raises(lp_patch.UnsupportedInputError, match="continuous batching"):
+        model(**scene.forward(), **{CACHE: paged.__new__(paged)})
+
+
 @pytest.mark.long  # transformers sets up and tears down for a minute and a half
 @since_5
 @families

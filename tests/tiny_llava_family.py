@@ -166,7 +166,7 @@ def row(model, *prompt, seed=0):
         shown["image_sizes"] = torch.tensor(sizes)
     elif images:
         named = set(inspect.signature(model.forward).parameters)
-        shown["pixel_values_images" if "pixel_values_images" in named else "pixel_values"] = torch.cat(images)
+        shown["pixel_values" if "pixel_values" in named else "pixel_values_images"] = torch.cat(images)
     if videos:
         shown["pixel_values_videos"] = torch.cat(videos)
     return counted(model, Row(ids, groups, [], shown))
