@@ -53,7 +53,12 @@ class Planner(EarlyStage):
     def around_prefill(self, wrapped: Any, instance: Any, args: tuple, kwargs: dict) -> Any:
         """Wraps the prefill of generate(): whether it cuts the prompt into chunks."""
         given = [*args, *kwargs.values()]
-        self.state.local.chunk = next((x.prefill_chunk_size for x in given if isinstance(x, GenerationConfig)), None)
+        chunk = next((x.prefill_chunk_size for x in given if isinstance(x, GenerationConfig)), None)
+        named = [kwargs, *(x for x in given if isinstance(x, dict))]
+        raw = any(name.startswith("pixel_values") and x[name] is not None for x in named for name in x)
+        if raw and self.settings.config.ratio != 1:
+            refuse_chunks(chunk)  # raw pictures are lost between chunks, silently before 5.24
+        self.state.local.chunk = chunk
         try:
             return wrapped(*args, **kwargs)
         finally:

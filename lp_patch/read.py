@@ -314,7 +314,7 @@ class Reader(Asking):
         local.labels, local.generated = None, 0
         call.ids = kwargs.get("input_ids", args[0] if args else None)
         call.embeds = kwargs.get("inputs_embeds")
-        call.merged_outside = local.outside and call.embeds is not None
+        call.merged_outside = local.outside and call.embeds is not None and self.parts.adapter.merge is None
         call.shows = any(shows_images(name, kwargs[name]) for name in kwargs)
         for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
             if output is not None:
