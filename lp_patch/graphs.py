@@ -262,7 +262,7 @@ class CapturedForward(Forward):
                     valid = self.valid[:, : cut.length]
                     causal = torch.ones(cut.length, cut.length, dtype=torch.bool, device=hidden.device).tril()
                     # padding sees itself: a row that sees nothing would be NaN
-                    mask = (causal & valid[:, None, None]) | causal.tril(0) & causal.T
+                    mask = (causal & valid[:, None, None]) | (causal & causal.T)
                 self.keys.append(Keys(valid, cut.length, mask))
             else:
                 self.keys.append(self.keys[-1])
