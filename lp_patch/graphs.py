@@ -391,7 +391,9 @@ class CompiledEngine(Engine):
             asked = forward.weights.shape[1]
             values["weights"] = left(forward.weights, (-asked % BUCKET if bucketed else 0, 0))[:, -cut.length - pad :]
         like = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in values.items())
-        key = (like, plan.survivors[0], plan.stage2[0], plan.wiped[0], module.config._attn_implementation)
+        key = ("layers", like, plan.survivors[0], plan.stage2[0], plan.wiped[0], module.config._attn_implementation)
+        if key in self.state.unfit:
+            return type(module).forward(module, **kwargs)
 
         def run(inputs: dict[str, Tensor]) -> tuple[Any, CapturedForward, Any]:
             return self._layers(inputs, plan)
@@ -402,6 +404,7 @@ class CompiledEngine(Engine):
                 region = self.languages.get(key, lambda: Region(buffers, run, [module]))
                 output, captured, stored = region.replay(values)
             except RuntimeError as error:
+                self.state.unfit.add(key)  # a capture that fails is not tried in every call
                 self._say(f"{type(module).__name__} ({str(error).splitlines()[0]:.120})")
                 return type(module).forward(module, **kwargs)
             cache, use = cache_in(kwargs), kwargs.get("use_cache")
