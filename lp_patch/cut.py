@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .select import take
+from .select import take, top_mask
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,7 @@ def best_cut(start: int, last: Cut, scores: Tensor, wanted: Tensor | int, counts
     Returns:
         The cut, and (B, N) bool, the visual tokens that stay.
     """
-    order = scores.sort(dim=1, descending=True, stable=True).indices
-    # candidates are counted, not masked: a score of -inf is a score like any other
-    best = last.visual.gather(1, order)
-    best = best & (best.cumsum(dim=1) <= wanted)
-    chosen = torch.zeros_like(last.visual).scatter_(1, order, best)
+    chosen = top_mask(scores, last.visual, wanted)
     return keep_cut(start, last, chosen | ~last.visual, counts), chosen
 
 

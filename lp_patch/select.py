@@ -279,13 +279,13 @@ def top_indices(scores: Tensor, count: int) -> Tensor:
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :count]
 
 
-def top_mask(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
+def top_mask(scores: Tensor, candidates: Tensor, counts: Tensor | int) -> Tensor:
     """Mark in each row the best-scored candidates, a different number per row; ties to the lowest index.
 
     Args:
         scores: (B, N) float.
         candidates: (B, N) bool; only these can be marked.
-        counts: (B,) int64; a count above the row's candidates marks them all.
+        counts: (B, 1) int64, or one for all rows; a count above the row's candidates marks them all.
 
     Returns:
         (B, N) bool.
@@ -293,7 +293,7 @@ def top_mask(scores: Tensor, candidates: Tensor, counts: Tensor) -> Tensor:
     order = scores.sort(dim=1, descending=True, stable=True).indices
     # candidates are counted, not masked: a score of -inf is a score like any other
     best_first = candidates.gather(1, order)
-    best_first &= best_first.cumsum(dim=1) <= counts.to(order.device)[:, None]
+    best_first &= best_first.cumsum(dim=1) <= counts
     return torch.zeros_like(candidates).scatter_(1, order, best_first)
 
 
@@ -307,15 +307,6 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     rows = index + n_tokens * torch.arange(batch, device=x.device)[:, None]
     flat = x.reshape(batch * n_tokens, *x.shape[2:])
     return flat.index_select(0, rows.reshape(-1)).reshape(*index.shape, *x.shape[2:])
-
-
-def take_along(x: Tensor, index: Tensor, dim: int = -1) -> Tensor:
-    """Gather tokens from the right: x (..., B, N) or, with dim=-2, (..., B, N, D), by index (B, M)."""
-    index = index.to(x.device)
-    if dim == -1:
-        return x.gather(-1, index.expand(*x.shape[:-2], *index.shape))
-    x = x.expand(*x.shape[:-3], index.shape[0], *x.shape[-2:])
-    return x.gather(-2, index[..., None].expand(*x.shape[:-3], *index.shape, x.shape[-1]))
 
 
 def compact_index(keep: Tensor, length: int) -> Tensor:

@@ -263,7 +263,7 @@ def test_top_mask(case):
     for row, allowed, count in zip(scores, candidates, counts, strict=True):
         best = sorted((i for i in range(len(row)) if allowed[i]), key=lambda i: (-row[i], i))[:count]
         expected.append([i in best for i in range(len(row))])
-    got = top_mask(torch.tensor(scores), torch.tensor(candidates), torch.tensor(counts))
+    got = top_mask(torch.tensor(scores), torch.tensor(candidates), torch.tensor(counts)[:, None])
     assert got.dtype == torch.bool
     assert got.tolist() == expected
 
