@@ -307,33 +307,3 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     rows = index + n_tokens * torch.arange(batch, device=x.device)[:, None]
     flat = x.reshape(batch * n_tokens, *x.shape[2:])
     return flat.index_select(0, rows.reshape(-1)).reshape(*index.shape, *x.shape[2:])
-
-
-def compact_index(keep: Tensor, length: int) -> Tensor:
-    """Where each slot of the shortened rows comes from. Rows with fewer kept tokens are padded on the left.
-
-    Args:
-        keep: (B, S) bool.
-        length: slots in the shortened rows, at least the largest number kept in a row.
-
-    Returns:
-        (B, length) int64; a padding slot points at some token that is not kept, so ``keep.gather(1, index)`` tells
-        the slots that hold a real one.
-    """
-    return keep.to(torch.uint8).sort(dim=1, stable=True).indices[:, keep.shape[1] - length :]
-
-
-def restore_index(keep: Tensor, length: int) -> Tensor:
-    """The slot that answers for each old position: its own, or that of the nearest kept token before it.
-
-    Positions before the first kept token take that one.
-
-    Args:
-        keep: (B, S) bool.
-        length: as given to `compact_index`.
-
-    Returns:
-        (B, S) int64 in ``[0, length)``.
-    """
-    slot = (keep.cumsum(dim=1) - 1).clamp(min=0) + (length - keep.sum(dim=1, keepdim=True))
-    return slot.clamp(max=length - 1)

@@ -12,12 +12,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lp_patch import select
+from lp_patch.cut import Cut, keep_cut, restore_index
 from lp_patch.select import (
-    compact_index,
     cosines,
     covering_points,
     farthest_points,
-    restore_index,
     select_tokens,
     take,
     top_indices,
@@ -317,44 +316,48 @@ def test_take(batch, n, extra_dims, data):
 @st.composite
 def keep_rows(draw):
     batch, n = draw(st.integers(1, 4)), draw(st.integers(1, 12))
-    rows = [draw(st.lists(st.booleans(), min_size=n, max_size=n)) for _ in range(batch)]
-    needed = max(sum(row) for row in rows)
-    return rows, draw(st.integers(max(needed, 1), n))
+    return [draw(st.lists(st.booleans(), min_size=n, max_size=n)) for _ in range(batch)]
 
 
-@given(keep_rows())
-def test_compact_index_pads_on_the_left_and_keeps_the_order(case):
-    rows, length = case
+def shorten(rows):
+    """What `keep_cut` makes of a whole input, of which these tokens stay."""
     keep = torch.tensor(rows)
-    index = compact_index(keep, length)
-    assert index.shape == (len(rows), length)
-    for row, slots in zip(rows, index.tolist(), strict=True):
-        kept = [i for i, real in enumerate(row) if real]
-        padding = length - len(kept)
-        assert slots[padding:] == kept
-        assert [row[i] for i in slots] == [False] * padding + [True] * len(kept)
+    where = torch.arange(keep.shape[1]).expand(keep.shape)
+    whole = Cut(0, keep.shape[1], where, where, None, [0] * len(rows), torch.ones_like(keep))
+    return keep_cut(1, whole, keep, [sum(row) for row in rows])
 
 
 @given(keep_rows())
-def test_restore_index_answers_for_every_old_position(case):
-    rows, length = case
-    slots = restore_index(torch.tensor(rows), length).tolist()
-    for row, got in zip(rows, slots, strict=True):
-        padding = length - sum(row)
+def test_a_cut_pads_on_the_left_and_keeps_the_order(rows):
+    cut = shorten(rows)
+    assert cut.length == max(1, *(sum(row) for row in rows))
+    kept = [[i for i, stays in enumerate(row) if stays] for row in rows]
+    expected = [[-1] * (cut.length - len(own)) + own for own in kept]
+    assert cut.where.tolist() == expected
+    assert cut.pads == [row.count(-1) for row in expected]
+    assert (cut.valid is None) == (cut.pads == [0] * len(rows))
+    assert cut.index.tolist() == [[max(0, i) for i in row] for row in expected]
+    assert cut.visual.tolist() == [[i >= 0 for i in row] for row in expected]
+
+
+@given(keep_rows())
+def test_restore_index_answers_for_every_old_position(rows):
+    cut = shorten(rows)
+    for row, got in zip(rows, restore_index(cut, len(rows[0])).tolist(), strict=True):
+        padding = cut.length - sum(row)
         expected, slot = [], padding
         for position, real in enumerate(row):
             if real and any(row[:position]):
                 slot += 1
-            expected.append(slot if any(row) else length - 1)  # a row with nothing kept has nothing to say
+            expected.append(slot if any(row) else cut.length - 1)  # a row with nothing kept has nothing to say
         assert got == expected
 
 
 @given(keep_rows())
-def test_what_is_compacted_comes_back(case):
-    rows, length = case
-    keep = torch.tensor(rows)
+def test_what_is_cut_comes_back(rows):
+    cut, keep = shorten(rows), torch.tensor(rows)
     values = torch.arange(keep.numel()).view(keep.shape)
-    back = take(take(values, compact_index(keep, length)), restore_index(keep, length))
+    back = take(take(values, cut.index), restore_index(cut, keep.shape[1]))
     assert back[keep].equal(values[keep])
 
 
