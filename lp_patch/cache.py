@@ -110,10 +110,7 @@ class PrunedLayer(wrapt.BaseObjectProxy):
         after = there + tokens_to_remove
         lost = max(0, stored.covered - after)
         if lost > stored.tail:
-            raise UnsupportedInputError(
-                f"crop({tokens_to_remove}) would cut into pruned visual tokens, of which only some were stored: "
-                f"give a value from {stored.covered - stored.tail - there} to 0, or build the cache anew"
-            )
+            raise _cannot_crop(tokens_to_remove, stored.covered - stored.tail - there)
         self.__wrapped__.crop(tokens_to_remove)
         if lost:
             valid = None if stored.valid is None else stored.valid[:, :after]
@@ -204,11 +201,7 @@ class PrunedStaticLayer(StaticLayer):
         """Remove the last ``-tokens_to_remove`` tokens; refuses to cut into pruned visual tokens."""
         after = int(self.get_seq_length()) + min(0, tokens_to_remove)
         if self.pruned and after < self.covered - self.tail:
-            least = self.covered - self.tail - int(self.get_seq_length())
-            raise UnsupportedInputError(
-                f"crop({tokens_to_remove}) would cut into pruned visual tokens, of which only some were stored: "
-                f"give a value from {least} to 0, or build the cache anew"
-            )
+            raise _cannot_crop(tokens_to_remove, self.covered - self.tail - int(self.get_seq_length()))
         super().crop(tokens_to_remove)
         if self.pruned and after < self.covered:
             self.covered, self.tail = after, self.tail - (self.covered - after)
@@ -224,6 +217,13 @@ class PrunedStaticLayer(StaticLayer):
         super().reorder_cache(beam_idx)
         if self.owner:
             self.stored.copy_(self.stored.index_select(0, beam_idx.to(self.stored.device)))
+
+
+def _cannot_crop(given: int, least: int) -> UnsupportedInputError:
+    return UnsupportedInputError(
+        f"crop({given}) would cut into pruned visual tokens, of which only some were stored: give a value from {least} "
+        "to 0, or build the cache anew"
+    )
 
 
 class Slots:

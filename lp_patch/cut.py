@@ -22,7 +22,6 @@ class Cut:
         where: (B, N) int64, ascending, positions in the input; of padding -1.
         index: (B, N) int64 >= 0 into the tokens before this cut; padding points at some token.
         valid: (B, N) bool, or None if no row is padded.
-        pads: for each row, how many of its slots are padding.
         visual: (B, N) bool.
     """
 
@@ -31,16 +30,17 @@ class Cut:
     where: Tensor
     index: Tensor
     valid: Tensor | None
-    pads: list[int]
     visual: Tensor
 
     @property
     def pick(self) -> Tensor | None:
         """(B, N) int64: each slot's own number, in the place of padding that of the row's first token."""
-        if self.valid is None:
-            return None
-        first = torch.tensor([[min(x, self.length - 1)] for x in self.pads], device=self.where.device)
-        return torch.arange(self.length, device=self.where.device)[None].maximum(first)
+        return None if self.valid is None else self.at_least_first(torch.arange(self.length, device=self.where.device))
+
+    def at_least_first(self, slots: Tensor) -> Tensor:
+        """Slots (B or 1, M) int64, those of padding replaced by the row's first token; a row may have none."""
+        # counted on the device: numbers from the host would wait for it
+        return slots.maximum((self.where < 0).sum(dim=1, keepdim=True).clamp_(max=self.length - 1))
 
 
 def first_cut(base: Tensor, holes: Tensor, chosen: Tensor | None, visual: Tensor, counts: list[int]) -> Cut:
@@ -61,7 +61,7 @@ def first_cut(base: Tensor, holes: Tensor, chosen: Tensor | None, visual: Tensor
     if min(counts) < length:
         valid, index = where >= 0, where.clamp(min=0)
     seen = take(visual, index)
-    return Cut(0, length, where, index, valid, [length - n for n in counts], seen if valid is None else seen & valid)
+    return Cut(0, length, where, index, valid, seen if valid is None else seen & valid)
 
 
 def best_cut(start: int, last: Cut, scores: Tensor, wanted: Tensor | int, counts: list[int]) -> tuple[Cut, Tensor]:
@@ -93,7 +93,7 @@ def keep_cut(start: int, last: Cut, keep: Tensor, counts: list[int]) -> Cut:
     where, visual = last.where.gather(1, places), last.visual.gather(1, places)
     if valid is not None:
         where, visual = where.masked_fill(~valid, -1), visual & valid
-    return Cut(start, length, where, places, valid, [length - n for n in counts], visual)
+    return Cut(start, length, where, places, valid, visual)
 
 
 def upload(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
@@ -129,7 +129,4 @@ def restore_index(cut: Cut, length: int) -> Tensor:
     """
     positions = torch.arange(length, device=cut.where.device).expand(len(cut.where), length).contiguous()
     slot = torch.searchsorted(cut.where, positions, right=True) - 1
-    if cut.valid is None:
-        return slot.clamp_(min=0)
-    first = torch.tensor([[min(x, cut.length - 1)] for x in cut.pads], device=slot.device)
-    return slot.maximum(first)
+    return slot.clamp_(min=0) if cut.valid is None else cut.at_least_first(slot)

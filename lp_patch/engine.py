@@ -191,7 +191,7 @@ class Engine(Planner):
         shift = kv.shift_of(cache)
         if compact:
             ids = ids if shift is None else ids - shift.to(ids.device)
-            visual = torch.from_numpy(plan.visual).to(embeds.device)
+            visual = torch.from_numpy(plan.visual).to(embeds.device, non_blocking=True)
             forward.gone = (visual & ~left_mask(cut.where, length)).cumsum(dim=1)
             shift = forward.gone[:, -1:] + (0 if shift is None else shift.to(embeds.device))
         forward.shift = shift

@@ -28,7 +28,7 @@ from .cut import Cut
 from .engine import Engine
 from .errors import UnsupportedModelError
 from .forward import Forward, Keys
-from .install import Installation
+from .install import Installation, owner
 from .plan import Plan
 from .read import Chosen, Encoding
 from .registry import Parts
@@ -200,7 +200,9 @@ class Fingerprint:
         self._others = self._foreign()
 
     def _foreign(self) -> list[int]:
-        return [id(hook) for hooks in self._hooks if hooks for hook in hooks.values() if not _ours(hook)]
+        return [
+            id(hook) for hooks in self._hooks if hooks for hook in hooks.values() if not isinstance(owner(hook), Engine)
+        ]
 
     def changed(self) -> bool:
         """Whether any of it is not as it was."""
@@ -213,10 +215,6 @@ class Fingerprint:
 
 def _address(weight: Tensor | None) -> int:
     return 0 if weight is None else weight.data_ptr()
-
-
-def _ours(hook: Any) -> bool:
-    return isinstance(getattr(getattr(hook, "func", hook), "__self__", None), Engine)
 
 
 class Regions:
@@ -417,7 +415,7 @@ class CompiledEngine(Engine):
         module = self.parts.language_model
         where = inputs["where"]
         length = where.shape[1]
-        cut = Cut(0, length, where, where, None, [0], inputs["visual"])
+        cut = Cut(0, length, where, where, None, inputs["visual"])
         # padding counts as text: it is never cut, and only masks know it
         forward = CapturedForward(self.settings, replace(plan, kept=[length]), cut, inputs.get("valid"))
         forward.weights = inputs.get("weights")
@@ -436,7 +434,7 @@ class CompiledEngine(Engine):
         assert forward.record is not None and captured.record is not None
         for cut in captured.cuts[1:]:
             where = cut.where[:, pad:] - pad
-            forward.cuts.append(Cut(cut.start, where.shape[1], where, where, None, [0], cut.visual[:, pad:].clone()))
+            forward.cuts.append(Cut(cut.start, where.shape[1], where, where, None, cut.visual[:, pad:].clone()))
         if captured.record.stage2 is not None:
             _, chosen, scores = captured.record.stage2
             forward.record.note_stage2(forward.cuts[0].where, chosen[:, pad:].clone(), scores[:, pad:].clone())

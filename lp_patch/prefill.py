@@ -61,7 +61,7 @@ def cut_input(
             scores = None if x.feature is None else chosen_of(features[x.feature]).scores
             if scores is not None and len(scores) == len(x.positions):
                 forward.record.stage1_scores.append(InputScores(x.row, x.positions, scores))
-        numbers = torch.cat([x.to(embeds.device) for x in found])  # type: ignore[union-attr]
+        numbers = torch.cat([x.to(embeds.device, non_blocking=True) for x in found])  # type: ignore[union-attr]
         chosen = positions.index_select(0, numbers + offsets)
     visual = torch.from_numpy(plan.visual).to(embeds.device, non_blocking=True)
     cut = first_cut(base, holes, chosen, visual, plan.kept)
@@ -108,7 +108,7 @@ def weigh_queries(forward: Forward, prompt: Prompt, weights: np.ndarray) -> Tens
     # a strategy in which other tokens ask, perhaps some that were removed: it must know which are left
     length, device = prompt.real.shape[1], cut.where.device
     left = left_mask(cut.where, length)
-    text, visual = (torch.from_numpy(x).to(device) for x in asking_tokens(prompt))
+    text, visual = (torch.from_numpy(x).to(device, non_blocking=True) for x in asking_tokens(prompt))
     asked = take(weigh(text, visual, left) * left * visual.any(dim=1, keepdim=True), cut.index)
     return asked if cut.valid is None else asked * cut.valid
 

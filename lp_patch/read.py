@@ -223,10 +223,11 @@ class Reader(Asking):
         features = encoded_features(output)
         if features is not None:
             found = call.features[modality] = list(features)
-            if encoding.chosen and [x.shape[:-1].numel() for x in found] != encoding.present:
+            rows = [x.shape[:-1].numel() for x in found]
+            if encoding.chosen and rows != encoding.present:
                 raise UnsupportedInputError(
                     f"{self.parts.adapter.family}'s projector was given {encoding.present} tokens of images, its "
-                    f"features have {[x.shape[:-1].numel() for x in found]}: its rows are not one image each, which "
+                    f"features have {rows}: its rows are not one image each, which "
                     "the adapter must say (`pictures`)"
                 )
             for feature, chosen in zip(found, encoding.chosen, strict=False):
@@ -349,7 +350,7 @@ class Reader(Asking):
             return call.ids == token
         assert call.embeds is not None  # transformers refuses a call with neither
         embed = self.parts.language_model.get_input_embeddings()
-        return (call.embeds == embed(torch.tensor(token, device=call.embeds.device))).all(dim=-1)
+        return (call.embeds == embed(torch.full((), token, device=call.embeds.device))).all(dim=-1)
 
     def structural(self, embeds: Tensor, placeholders: Tensor) -> Tensor | None:
         """(B, S) bool among `placeholders`: line breaks in the merged embeddings (B, S, D); None: there are none."""

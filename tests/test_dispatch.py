@@ -96,7 +96,7 @@ WAITING = ("cpu", "item", "tolist", "nonzero", "__bool__", "__int__", "__float__
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Where lp_patch asks a tensor for its numbers."""
+    """Where lp_patch asks a tensor for its numbers, or makes one on a device out of the host's, which waits too."""
     found, root = Counter(), str(Path(lp_patch.__file__).parent)
 
     def watched(name):
@@ -112,6 +112,15 @@ def waits(monkeypatch):
 
     for name in WAITING:
         monkeypatch.setattr(torch.Tensor, name, watched(name))
+    make = torch.tensor
+
+    def made(*args, **kwargs):
+        path = Path(sys._getframe(1).f_code.co_filename)
+        if str(path).startswith(root) and "device" in kwargs:
+            found[f"{path.name}: torch.tensor"] += 1
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "tensor", made)
     return found
 
 
