@@ -105,8 +105,12 @@ def upload(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
 
 def left_mask(where: Tensor, length: int) -> Tensor:
     """Positions (B, N) int64, -1 for padding -> (B, length) bool: which are left."""
-    left = torch.zeros(len(where), length + 1, dtype=torch.bool, device=where.device)
-    return left.scatter_(1, where.remainder(length + 1), True)[:, :length]
+    return spread(where, torch.ones_like(where, dtype=torch.bool), length)
+
+
+def spread(where: Tensor, values: Tensor, length: int) -> Tensor:
+    """Values (B, N) at positions `where` (B, N) int64, -1 for nowhere -> (B, length), zero elsewhere."""
+    return values.new_zeros(len(where), length + 1).scatter_(1, where.remainder(length + 1), values)[:, :length]
 
 
 def take_rows(x: Tensor, index: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .cut import left_mask, spread
+
 
 class Shape(NamedTuple):
     """Where the stages begin: decoder layers in all, on stage-1 tokens, and before the final wipe (None: never)."""
@@ -115,12 +117,12 @@ class Record:
     def trace(self) -> Trace:
         """Everything on the host, as users read it."""
         visual = torch.from_numpy(self.visual)
-        kept = visual if self.stage1 is None else visual & _spread(self.stage1.cpu(), None, visual.shape[1])
+        kept = visual if self.stage1 is None else visual & left_mask(self.stage1.cpu(), visual.shape[1])
         removed, kept2, scores2 = ~kept, kept, None
         if self.stage2 is not None:
             where, chosen, scores = (x.cpu() for x in self.stage2)
-            kept2 = _spread(where, chosen, visual.shape[1])
-            scores2 = _spread(where, scores, visual.shape[1])
+            kept2 = spread(where, chosen, visual.shape[1])
+            scores2 = spread(where, scores, visual.shape[1])
         stage1, stage2, stage2_scores, per_layer = [], [], [], []
         n_layers, layer, wipe_layer = self.shape
         for row in range(visual.shape[0]):
@@ -151,10 +153,3 @@ class Record:
                 scores[torch.from_numpy(x.positions)] = x.scores.float().cpu()
         own = scores[visual]
         return None if len(own) == 0 or own.isnan().any() else own
-
-
-def _spread(where: Tensor, values: Tensor | None, length: int) -> Tensor:
-    """Values (B, N), None for True, at positions `where` (B, N), -1 for nowhere -> (B, length), zero elsewhere."""
-    values = torch.ones_like(where, dtype=torch.bool) if values is None else values
-    spread = values.new_zeros(len(where), length + 1)
-    return spread.scatter_(1, where.remainder(length + 1), values)[:, :length]
