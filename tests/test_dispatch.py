@@ -9,6 +9,7 @@ import torch
 from counting import Counted
 from families import FAMILIES, Original, make
 from tiny import CACHE
+from torch.overrides import TorchFunctionMode
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lp_patch
@@ -112,16 +113,18 @@ def waits(monkeypatch):
 
     for name in WAITING:
         monkeypatch.setattr(torch.Tensor, name, watched(name))
-    make = torch.tensor
 
-    def made(*args, **kwargs):
-        path = Path(sys._getframe(1).f_code.co_filename)
-        if str(path).startswith(root) and "device" in kwargs:
-            found[f"{path.name}: torch.tensor"] += 1
-        return make(*args, **kwargs)
+    class Made(
+        TorchFunctionMode
+    ):  # torch.tensor itself must stay: torch looks it up by identity, and keeps what it saw
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            path = Path(sys._getframe(1).f_code.co_filename)
+            if func is torch.tensor and str(path).startswith(root) and "device" in (kwargs or {}):
+                found[f"{path.name}: torch.tensor"] += 1
+            return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(torch, "tensor", made)
-    return found
+    with Made():
+        yield found
 
 
 @pytest.mark.parametrize("family", FAMILIES)
