@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import entry_points, version
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
@@ -14,22 +15,6 @@ from .compat import computes_with, merging_module, window
 from .errors import ConfigError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "lp_patch.adapters"
-BUILT_IN = (
-    "llava",
-    "llava_next",
-    "llava_next_video",
-    "llava_onevision",
-    "video_llava",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen3_vl",
-    "qwen3_vl_moe",
-    "internvl",
-    "mistral3",
-    "idefics3",
-    "smolvlm",
-    "llava_llama",
-)
 UNFIT = {
     "gemma3": "its image tokens attend to one another in both directions, and most of its layers only to a window",
     "paligemma": "its prompt, image tokens included, attends in both directions",
@@ -187,8 +172,10 @@ def _load_adapters() -> None:
     global _loaded
     if _loaded:
         return
-    found: list[Adapter] = [import_module(f"lp_patch.adapters.{name}").ADAPTER for name in BUILT_IN]
-    _adapters.update({adapter.model_type: adapter for adapter in found})
+    for name in sorted(x.name for x in iter_modules(import_module("lp_patch.adapters").__path__)):
+        module = import_module(f"lp_patch.adapters.{name}")
+        found = module.ADAPTERS if hasattr(module, "ADAPTERS") else (module.ADAPTER,)
+        _adapters.update({adapter.model_type: adapter for adapter in found})
     _loaded = True
     for point in entry_points(group=ENTRY_POINT_GROUP):
         claimed = point.name

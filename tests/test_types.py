@@ -1,0 +1,137 @@
+"""Every model type of `tests/tiny_models` against the masked oracle: what a declaration must get right."""
+
+import pytest
+import torch
+from tiny import CACHE
+from tiny_models import TYPES, make
+from tiny_models.common import FIRST, VOCAB
+
+import lp_patch
+
+NEW = 3
+CLOSE = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}  # norms and rotary angles are float32
+every = pytest.mark.parametrize("kind", TYPES)
+
+
+def options(kind, **more):
+    return {"tokens": 4, "layer": TYPES[kind].layer, **more}
+
+
+@torch.no_grad()
+def forward(model, scene, **more):
+    return model(**scene.forward(), **more).logits
+
+
+def generate(model, scene, **more):
+    return model.generate(
+        **scene.inputs, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True, output_logits=True, **more
+    )
+
+
+def check_sets(trace, want):
+    assert [x.tolist() for x in trace.stage1] == want.stage1
+    assert [x.tolist() for x in trace.stage2] == want.stage2
+
+
+@every
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_forward(kind, side):
+    """A padded batch: what is kept, every logit, each row as alone; removal bit for bit."""
+    model, scene = make(kind, seed=1, side=side)
+    want, plain = scene.want(model, **options(kind)), forward(model, scene)
+    with lp_patch.applied(model, **options(kind)) as patch:
+        logits = forward(model, scene)
+        check_sets(patch.trace, want)
+        assert logits.shape == plain.shape
+        torch.testing.assert_close(logits[want.left], want.logits[want.left], **CLOSE)
+        for row in range(3):
+            _, alone = make(kind, which=(row,))
+            real = scene.inputs["attention_mask"][row].bool()
+            torch.testing.assert_close(forward(model, alone)[0], logits[row][real], **CLOSE)
+            assert patch.trace.stage1[0].tolist() == want.stage1[row]
+    assert not torch.allclose(logits[:2], plain[:2], rtol=0, atol=0.1)
+    assert torch.equal(forward(model, scene), plain)
+
+
+@every
+def test_eager(kind):
+    # transformers' eager softmax runs in float32, where a fully masked float64 row is NaN, patched or not
+    model, scene = make(kind, seed=2, dtype=torch.float32, attention="eager")
+    want = scene.want(model, **options(kind, wipe=4))
+    with lp_patch.applied(model, **options(kind, final_wipe_layer=4)) as patch:
+        logits = forward(model, scene)
+    check_sets(patch.trace, want)
+    torch.testing.assert_close(logits[want.left], want.logits[want.left], **CLOSE)
+
+
+@every
+def test_generate(kind):
+    """Greedy steps of a padded batch."""
+    model, scene = make(kind, seed=3)
+    with lp_patch.applied(model, **options(kind)) as patch:
+        found = generate(model, scene)
+    new = found.sequences[:, -NEW:]
+    want = scene.want(model, new, **options(kind))
+    check_sets(patch.trace, want)
+    torch.testing.assert_close(torch.stack(found.logits, dim=1), want.logits[:, -NEW - 1 : -1], **CLOSE)
+
+
+@every
+def test_beams(kind):
+    """A beam's score is the oracle's log-likelihood of what it says."""
+    model, scene = make(kind, seed=4, which=(0,))
+    search = {"num_beams": 2, "num_return_sequences": 2, "length_penalty": 0.0, "output_scores": True}
+    with lp_patch.applied(model, **options(kind)):
+        found = generate(model, scene, **search)
+    allowed = torch.arange(VOCAB) >= FIRST
+    for sequence, score in zip(found.sequences, found.sequences_scores, strict=True):
+        new = sequence[None, -NEW:]
+        steps = scene.want(model, new, **options(kind)).logits[:, -NEW - 1 : -1]
+        likely = steps.log_softmax(-1).gather(2, new[..., None]).sum()
+        assert allowed[new].all()
+        torch.testing.assert_close(score, likely, **CLOSE)
+
+
+@every
+def test_static_cache(kind):
+    """Where stock runs on a static cache, so does a patched model, with the same logits."""
+    model, scene = make(kind, seed=5, which=(0, 1))
+    try:
+        plain = generate(model, scene, cache_implementation="static", disable_compile=True)
+    except Exception as error:
+        pytest.skip(f"stock cannot: {type(error).__name__}: {error}")
+    with lp_patch.applied(model, **options(kind)):
+        found = generate(model, scene, cache_implementation="static", disable_compile=True)
+        again = generate(model, scene)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(again.logits), **CLOSE)
+    assert not torch.allclose(torch.stack(found.logits), torch.stack(plain.logits))
+
+
+@every
+def test_second_text_turn(kind):
+    """Text on a kept cache, padded rows."""
+    model, scene = make(kind, seed=6)
+    more = torch.randint(FIRST, VOCAB, (3, 4), generator=torch.Generator().manual_seed(6))
+    with lp_patch.applied(model, **options(kind)), torch.no_grad():
+        cache = getattr(model(**scene.forward(), use_cache=True), CACHE)
+        grown = scene.forward(more)
+        given = {"input_ids": more, "attention_mask": grown["attention_mask"], CACHE: cache}
+        if "position_ids" in grown:
+            given["position_ids"] = grown["position_ids"][:, -4:]
+        logits = model(**given).logits
+    want = scene.want(model, more, **options(kind)).logits[:, -4:]
+    torch.testing.assert_close(logits, want, **CLOSE)
+
+
+@every
+def test_nothing_to_prune(kind):
+    """Full budget, and text alone: bit for bit, generation too."""
+    model, scene = make(kind, seed=7)
+    _, text = make(kind, which=(2,))
+    plain, said = forward(model, scene), generate(model, scene).sequences
+    plain_text = forward(model, text)
+    with lp_patch.applied(model, ratio=1.0):
+        assert torch.equal(forward(model, scene), plain)
+        assert torch.equal(generate(model, scene).sequences, said)
+    with lp_patch.applied(model, **options(kind)):
+        assert torch.equal(forward(model, text), plain_text)
