@@ -17,6 +17,7 @@ import wrapt
 from torch import Tensor
 from transformers.cache_utils import Cache, StaticLayer
 
+from .compat import is_recurrent
 from .errors import UnsupportedInputError
 
 _ids = count(1)
@@ -47,22 +48,27 @@ class Stored:
         dropped: tokens seen and not stored, the same for all rows (rows are padded to one length).
         valid: (B, P) bool, which of the first P physical entries are real, or None if all are.
         covered: P; entries after it map one to one to the last columns of an attention mask.
+        total: entries that the layer had been given then: more than P, where it forgets.
         tail: how many of the last of those P do so too, in every row: what can still be cropped.
+        where: (B, P) int64, the positions of the first P entries among the tokens seen, of padding -1; None where no
+            layer of the model needs them. Masks are then made for all tokens seen.
         shift: (B, 1) int64, what compact positions lag behind original ones, or None.
         history: ids of the prunings this layer went through; layers with equal histories hold equal tokens.
     """
 
     dropped: int = 0
     valid: Tensor | None = None
+    where: Tensor | None = None
     covered: int = 0
+    total: int = 0
     tail: int = 0
     shift: Tensor | None = None
     history: tuple[int, ...] = ()
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> "Stored":
         """With other rows."""
-        valid, shift = (None if x is None else change(x) for x in (self.valid, self.shift))
-        return replace(self, valid=valid, shift=shift)
+        given = {"valid": self.valid, "where": self.where, "shift": self.shift}
+        return replace(self, **{name: change(x) for name, x in given.items() if x is not None})
 
 
 class PrunedLayer(wrapt.BaseObjectProxy):
@@ -95,7 +101,12 @@ class PrunedLayer(wrapt.BaseObjectProxy):
         return self.__wrapped__.get_seq_length() + self._self_stored.dropped
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Physical key length after `query_length` more tokens, and the offset of its first column."""
+        """Physical key length after `query_length` more tokens, and the offset of its first column.
+
+        Where layers need their own masks, those of all tokens seen: each layer takes its part.
+        """
+        if self._self_stored.where is not None:
+            return self.get_seq_length() + query_length, 0
         kv_length, offset = self.__wrapped__.get_mask_sizes(query_length)
         return kv_length, offset + self._self_stored.dropped
 
@@ -108,13 +119,16 @@ class PrunedLayer(wrapt.BaseObjectProxy):
             tokens_to_remove = min(0, tokens_to_remove - self.get_seq_length())
         stored, there = self._self_stored, self.__wrapped__.get_seq_length()
         after = there + tokens_to_remove
-        lost = max(0, stored.covered - after)
+        lost = max(0, stored.total - after)
         if lost > stored.tail:
-            raise _cannot_crop(tokens_to_remove, stored.covered - stored.tail - there)
+            raise _cannot_crop(tokens_to_remove, stored.total - stored.tail - there)
         self.__wrapped__.crop(tokens_to_remove)
         if lost:
-            valid = None if stored.valid is None else stored.valid[:, :after]
-            self._self_stored = replace(stored, covered=after, tail=stored.tail - lost, valid=valid)
+            covered = stored.covered - lost
+            valid, where = (None if x is None else x[:, :covered] for x in (stored.valid, stored.where))
+            self._self_stored = replace(
+                stored, covered=covered, total=after, tail=stored.tail - lost, valid=valid, where=where
+            )
 
     def reset(self) -> None:
         """Forget all tokens."""
@@ -254,17 +268,28 @@ def pruned_layer(cache: Cache | None, index: int) -> PrunedLayer | None:
     return layer if isinstance(layer, PrunedLayer) else None
 
 
+def first_layer(cache: Cache) -> Any:
+    """The first layer that has keys, or None."""
+    for layer in cache.layers:
+        if not is_recurrent(layer):
+            return layer
+    return None
+
+
+def _is_last(cache: Cache, index: int) -> bool:
+    """Whether no layer with keys follows."""
+    return all(is_recurrent(layer) for layer in cache.layers[index + 1 :])
+
+
 def is_pruned(cache: Any) -> bool:
     """Whether a cache holds fewer tokens than it has seen; what is no transformers Cache never does."""
-    if not isinstance(cache, Cache) or not cache.layers:
-        return False
-    first: Any = cache.layers[0]
+    first = first_layer(cache) if isinstance(cache, Cache) else None
     return isinstance(first, PrunedLayer) or (isinstance(first, PrunedStaticLayer) and first.pruned)
 
 
 def lead(cache: Cache) -> None:
     """Let a pruned cache's layers be used: the forward that comes knows what they hold."""
-    first: Any = cache.layers[0]
+    first = first_layer(cache)
     (first.lead if isinstance(first, PrunedStaticLayer) else first._self_lead).on = True
 
 
@@ -272,14 +297,19 @@ def shift_of(cache: Any) -> Tensor | None:
     """(B, 1) int64, what compact positions lag behind original ones in this cache, or None."""
     if not is_pruned(cache):
         return None
-    first: Any = cache.layers[0]
+    first = first_layer(cache)
     return first.shift if isinstance(first, PrunedStaticLayer) else first._self_stored.shift
 
 
 def is_padded(cache: Cache) -> bool:
     """Whether a pruned dynamic cache has padding among its stored keys."""
-    first: Any = cache.layers[0]
-    return first._self_lead.padded
+    return first_layer(cache)._self_lead.padded
+
+
+def keeps_positions(cache: Cache) -> bool:
+    """Whether the layers of a pruned dynamic cache know where their tokens stood."""
+    first = first_layer(cache)
+    return isinstance(first, PrunedLayer) and first._self_stored.where is not None
 
 
 def check_prunable(cache: object) -> None:
@@ -292,16 +322,18 @@ def check_prunable(cache: object) -> None:
             "batching (generate_batch, transformers serve) need the patch removed"
         )
     for layer in cache.layers:
+        if is_recurrent(layer):
+            continue
         static = getattr(layer, "is_compileable", False)
         # before 5.x a static layer was told its slots, counted before tokens were cut
         unknown = static and not (
             type(layer) in (StaticLayer, PrunedStaticLayer) and hasattr(layer, "cumulative_length")
         )
-        if getattr(layer, "is_sliding", False) or unknown or not hasattr(layer, "get_mask_sizes"):
+        if unknown or not hasattr(layer, "get_mask_sizes"):
             raise UnsupportedInputError(
                 f"lp_patch prunes dynamic, static, quantised and offloaded caches; {type(cache).__name__} holds "
-                f"{type(layer).__name__}, which is windowed, no attention layer, or static in a transformers before "
-                "5: pass a DynamicCache, or remove the patch"
+                f"{type(layer).__name__}, which is static with a window, or static in a transformers before 5: pass a "
+                "DynamicCache, or remove the patch"
             )
 
 
@@ -327,8 +359,26 @@ def stored_tokens(cache: Cache | None, index: int) -> int:
     """Keys that layer `index` brings from before; of a static layer all that it has seen, its `stored` says which."""
     if cache is None or index >= len(cache.layers):
         return 0
-    pruned = pruned_layer(cache, index)
-    return int(cache.get_seq_length(index)) - (0 if pruned is None else pruned._self_stored.dropped)
+    layer: Any = cache.layers[index]
+    if getattr(layer, "is_sliding", False):  # the last of those that it has been given
+        return min(layer.keys.shape[-2], layer.sliding_window - 1) if layer.is_initialized else 0
+    return _given(layer)
+
+
+def _given(layer: Any) -> int:
+    """Entries that a layer has been given, all together."""
+    return int(layer.get_seq_length()) - (layer._self_stored.dropped if isinstance(layer, PrunedLayer) else 0)
+
+
+def positions(cache: Cache | None, index: int, seen: int, batch: int, device: torch.device) -> Tensor:
+    """(B, P) int64: where the keys that layer `index` brings from before stood, of `seen` tokens; of padding -1."""
+    past, pruned = stored_tokens(cache, index), pruned_layer(cache, index)
+    stored = Stored() if pruned is None else pruned._self_stored
+    following = past if pruned is None else _given(pruned) - stored.total
+    found = torch.arange(seen - following, seen, device=device).expand(batch, -1)
+    if stored.where is not None:
+        found = torch.cat([stored.where.to(device), found], dim=1)
+    return found[:, found.shape[1] - past :]
 
 
 def mark_pruned(cache: Cache, index: int, stored: Stored) -> None:
@@ -338,9 +388,10 @@ def mark_pruned(cache: Cache, index: int, stored: Stored) -> None:
         stored: of this forward alone: `dropped` tokens more, and one more id in `history`.
     """
     layers: list[Any] = cache.layers
-    if index >= len(layers) or layers[index].get_seq_length() == 0:
+    if index >= len(layers) or is_recurrent(layers[index]) or layers[index].get_seq_length() == 0:
         return  # gradient checkpointing hands the layers no cache
-    layer, first = layers[index], layers[0]
+    layer, first = layers[index], first_layer(cache)
+    stored = replace(stored, total=_given(layer))
     if isinstance(layer, PrunedLayer):
         before = layer._self_stored
         layer._self_stored = replace(
@@ -348,7 +399,7 @@ def mark_pruned(cache: Cache, index: int, stored: Stored) -> None:
         )
     else:
         lead = Lead() if layer is first else first._self_lead
-        layer = layers[index] = PrunedLayer(layer, stored, lead, index == len(layers) - 1)
+        layer = layers[index] = PrunedLayer(layer, stored, lead, _is_last(cache, index))
     layer._self_lead.padded |= stored.valid is not None
 
 
@@ -384,12 +435,12 @@ def prepare_slots(
         stored[:, past : past + seen] = False
         stored.scatter_(1, places, True)
         known = Slots(places, pick, past, seen, stored)
-    first: Any = cache.layers[0]
+    first = first_layer(cache)
     layer.stored, layer.pending, layer.pruned = known.stored, known, True
     layer.covered, layer.tail = past + seen, tail
-    layer.lead = first.lead if index else Lead()
+    layer.lead = Lead() if layer is first else first.lead
     layer.lead.on = True
-    layer.last = index == len(cache.layers) - 1
+    layer.last = _is_last(cache, index)
     return known
 
 
@@ -417,17 +468,21 @@ def valid_keys(
     )
     layer: Any = None if cache is None or index >= len(cache.layers) else cache.layers[index]
     parts: list[tuple[Any, int]]
+    forgotten = 0
     if isinstance(layer, PrunedStaticLayer) and past:
         head = layer.stored[:, :past]
         parts = [(head if attention_mask is None else head & attention_mask[:, :past].bool().to(head.device), past)]
     else:
         layer = pruned_layer(cache, index)
         stored = Stored() if layer is None else layer._self_stored
-        tail = None if attention_mask is None else attention_mask[:, end - (past - stored.covered) : end].bool()
-        parts = [(stored.valid, stored.covered), (tail, past - stored.covered)]
+        following = past if layer is None else _given(layer) - stored.total
+        tail = None if attention_mask is None else attention_mask[:, end - following : end].bool()
+        parts = [(stored.valid, stored.covered), (tail, following)]
+        forgotten = stored.covered + following - past
     parts = [(part, size) for part, size in [*parts, (fresh, n_fresh)] if size]
     known = next((part for part, _ in parts if part is not None), None)
     if known is None:
         return None
     filled = [known.new_ones((known.shape[0], size)) if part is None else part.to(known.device) for part, size in parts]
-    return filled[0] if len(filled) == 1 else torch.cat(filled, dim=1)
+    whole = filled[0] if len(filled) == 1 else torch.cat(filled, dim=1)
+    return whole[:, forgotten:]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 _PARAMETERS = inspect.signature(create_causal_mask).parameters
@@ -137,8 +137,11 @@ def cache_out(output: Any) -> Any:
 
 
 def uncounted(kwargs: dict) -> dict:
-    """Without `cache_position`, which counts the tokens before they were cut: the model makes its own."""
-    return kwargs if kwargs.get("cache_position") is None else {**kwargs, "cache_position": None}
+    """Without what counts tokens before they were cut: `cache_position`, which the model makes anew, and how many of the
+    last tokens layers without keys of their own run on.
+    """
+    counts = {"cache_position": None, "logits_to_keep": 0}
+    return kwargs | {name: x for name, x in counts.items() if kwargs.get(name) is not None}
 
 
 def computes_with(module: Any, name: str) -> bool:
@@ -170,13 +173,49 @@ def window(layer: Any, attention: Any) -> int | None:
     """
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
-    if "sliding_attention" in (getattr(layer, "attention_type", None), getattr(layer, "layer_type", None)):
+    kind = kind_of(attention.config, getattr(attention, "layer_idx", 0), layer)
+    if kind == "sliding_attention":
         return attention.config.sliding_window
+    if kind == "chunked_attention":
+        return attention.config.attention_chunk_size
+    if kind is not None:
+        return None
     try:
         reads = "sliding_window" in inspect.getsource(sys.modules[type(attention).__module__])
     except (OSError, TypeError):
         reads = True
     return getattr(attention.config, "sliding_window", None) if reads else None
+
+
+def kind_of(config: Any, index: int, layer: Any) -> str | None:
+    """What transformers calls decoder layer `index`: "full_attention", "sliding_attention", "conv", ...; None: nothing."""
+    own = getattr(layer, "attention_type", None) or getattr(layer, "layer_type", None)
+    told = getattr(config, "layer_types", None)
+    return own if isinstance(own, str) else told[index] if told and len(told) > index else None
+
+
+def shares_keys(attention: Any) -> bool:
+    """Whether an attention has no keys of its own, but takes those of an earlier layer of its kind."""
+    return bool(getattr(attention, "is_kv_shared_layer", False))
+
+
+def full_masks(config: Any, hidden: Tensor, flat: Tensor | None, past: int) -> Any:
+    """The masks that transformers would hand to this model's layers over `past` keys and all new tokens.
+
+    Args:
+        hidden: (B, S, C), of which only shape, dtype and device are read.
+        flat: (B, past + S), which tokens are real, or None if all are.
+
+    Returns:
+        (B, 1, S, past + S) or None, for all layers, or in a dict by the kind of a layer.
+    """
+    cache: Any = _Stored(past) if past else None
+    return create_masks_for_generate(config, hidden, flat, cache)
+
+
+def is_recurrent(layer: Any) -> bool:
+    """Whether a cache layer holds a state and no keys, or nothing at all."""
+    return not hasattr(layer, "get_seq_length")
 
 
 def is_exporting() -> bool:

@@ -123,6 +123,26 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-2, index)
 
 
+def take_mask(mask: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
+    """The part of an attention mask that is left.
+
+    Args:
+        mask: (B or 1, H, S, K) bool, or float with the lowest number where nothing is seen.
+        rows: (B, N) int64 into S, of padding -1; None: all.
+        columns: (B, M) int64 into K, of padding -1.
+
+    Returns:
+        (B, H, N, M); padding is not seen, and sees what the first row does.
+    """
+    mask = mask.expand(len(columns), -1, -1, -1)
+    heads = mask.shape[1]
+    if rows is not None:
+        mask = mask.gather(2, rows.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
+    index = columns.clamp(min=0)[:, None, None].expand(-1, heads, mask.shape[2], -1)
+    padding = (columns < 0)[:, None, None]
+    return mask.gather(3, index).masked_fill(padding, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+
+
 def restore_index(cut: Cut, length: int) -> Tensor:
     """The slot that answers for each of the input's `length` positions: its own, or the nearest one before it.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import cache as kv
 from .attention import KEY, install_tap
-from .compat import cache_in, causal_mask, uncounted
+from .compat import cache_in, causal_mask, full_masks, uncounted
 from .cut import left_mask
 from .errors import UnsupportedInputError
 from .forward import Forward, Tapped
@@ -33,7 +33,7 @@ from .planning import EngineState, Planner
 from .prefill import cut_deepstack, cut_input, weigh_queries
 from .read import ENCODED, Call
 from .refuse import all_real, check_call, check_mask, flat_mask
-from .registry import Parts
+from .registry import RECURRENT, Parts
 from .select import take
 from .settings import Settings
 from .step import Step, is_static_step, static_step, tokens_of
@@ -112,7 +112,7 @@ class Engine(Planner):
             batch, length = tokens.shape[:2]
             empty = np.zeros((batch, length), dtype=bool)
             self._keep(Record(self.settings.shape, empty, [length] * batch, [False] * batch, []))
-        return self._continue(args, kwargs)
+        return self._continue(call, args, kwargs)
 
     def _check_merged(self, call: Call, embeds: Tensor | None) -> None:
         """Refuse embeddings into which somebody has merged features of which some were never projected."""
@@ -125,11 +125,12 @@ class Engine(Planner):
                 "embeddings in and pass the features as mm_encoder_outputs, or encode them with the patch removed"
             )
 
-    def _continue(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _continue(self, call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """A forward without new visual tokens, perhaps on a pruned cache."""
-        cache, mask, tokens = cache_in(kwargs), kwargs.get("attention_mask"), tokens_of(args, kwargs)
+        cache, tokens = cache_in(kwargs), tokens_of(args, kwargs)
         if tokens is None or not kv.is_pruned(cache):
             return None
+        mask = call.mask_for(kwargs.get("attention_mask"))
         kv.lead(cache)
         new, kwargs = tokens.shape[1], uncounted(kwargs)
         if kv.is_static(cache):
@@ -145,12 +146,18 @@ class Engine(Planner):
         if tokens.dim() == 2:
             like = torch.empty((*tokens.shape, 0), dtype=self.parts.language_model.dtype, device=tokens.device)
         config = self.parts.language_model.config
-        if new == 1 and not kv.is_padded(cache) and causal_mask(config, like, None, 1) is None and all_real(mask):
+        tracked = kv.keeps_positions(cache)
+        seen = kv.seen_tokens(cache) if tracked else 0
+        masked = tracked and (mask is not kwargs.get("attention_mask") or self.settings.kinds.reached(seen + new))
+        if not masked and new == 1 and not kv.is_padded(cache) and causal_mask(config, like, None, 1) is None and all_real(mask):
             return args, {**kwargs, "attention_mask": None}  # nobody looks at a mask, so none is of the wrong length
         check_mask(mask, cache, new)
         forward = self._start(Forward(self.settings, new, flat_mask(mask, cache, new), cache))
-        keys = forward.keys_of(config, 0, like)
-        return args, {**kwargs, "attention_mask": keys.mask, KEY: forward}
+        if tracked:
+            forward.track(masked, seen)
+        if not masked:  # else the model makes masks for all tokens seen
+            kwargs["attention_mask"] = forward.mask_for_all(config, like)
+        return args, {**kwargs, KEY: forward}
 
     def _start(self, forward: Forward) -> Forward:
         """Put the layers' hooks on for as long as this forward lives."""
@@ -167,22 +174,32 @@ class Engine(Planner):
         """A forward with new visual tokens."""
         embeds, cache = kwargs["inputs_embeds"], cache_in(kwargs)
         length, settings = embeds.shape[1], self.settings
-        if call.planned is None or call.given is not kwargs.get("attention_mask"):
-            call.host = self._read(call, embeds, embeds.shape[:2], kwargs)
+        given = kwargs.get("attention_mask")
+        mask = call.mask_for(given)
+        if call.planned is None or call.read_mask is not mask:
+            call.host = self._read(call, embeds, embeds.shape[:2], {**kwargs, "attention_mask": mask})
             call.planned = self._plan(call)
         flat, prompt, plan, places, weights = call.planned
         features = [x for m in prompt.modalities for x in call.features[m.name]]
         record = self._keep(Record(settings.shape, plan.visual, plan.text, plan.wiped, []))
         record.note_encoded([x for feature in features for x in getattr(feature, ENCODED, ())])
         if plan.nothing:
-            return self._continue(args, kwargs)
+            return self._continue(call, args, kwargs)
         compact = settings.config.positions == "compact"
-        check_call(self.parts, plan, prompt, kwargs, compact, self.state.local.chunk)
+        kinds, made = settings.kinds, mask is not given
+        # a static cache is asked for it on its device: not in vain
+        seen = kv.seen_tokens(cache) if (made or kinds.masked) and isinstance(cache, kv.Cache) else 0
+        masked = made or kinds.reached(seen + length)
+        check_call(
+            self.parts, plan, prompt, {**kwargs, "attention_mask": mask}, compact, self.state.local.chunk, masked
+        )
         if kv.is_pruned(cache):
             kv.lead(cache)
 
         forward = Forward(settings, length, flat, cache)
         forward.plan, forward.record = plan, record
+        if masked or kinds.masked:
+            forward.track(masked, seen)
         assert places is not None
         cut = cut_input(forward, places, features, embeds, self.parts.projector is not None, self._warn)
         if weights is not None:
@@ -202,9 +219,16 @@ class Engine(Planner):
             # padding slots point at any row, and what was not projected is NaN, which would spread through attention
             shortened = shortened.masked_fill(~cut.valid[..., None], 0.0)
         kwargs = {**uncounted(kwargs), **cut_deepstack(kwargs, plan, prompt, cut), "inputs_embeds": shortened}
-        keys = forward.keys_of(self.parts.language_model.config, 0, shortened)
+        config = self.parts.language_model.config
+        if masked:
+            given = given if made else full_masks(config, embeds, flat, seen)
+        else:
+            given = forward.mask_for_all(config, shortened)
+        for name in self.parts.adapter.per_token:
+            if kwargs.get(name) is not None:
+                kwargs[name] = take(kwargs[name], cut.index)
         # the whole input's position ids: the rotary embedding is made of them, each cut takes its part
-        kwargs |= {"attention_mask": keys.mask, "position_ids": ids, KEY: forward}
+        kwargs |= {"attention_mask": given, "position_ids": ids, KEY: forward}
         self._start(forward)
         if kv.is_static(cache):
             self._hold()
@@ -237,7 +261,8 @@ class Engine(Planner):
         kwargs = dict(kwargs)
         del kwargs[KEY]
         if type(state) is Step:
-            kwargs["attention_mask"] = state.mask(index, kwargs.get("attention_mask"))
+            if self.settings.kinds.names[index] != RECURRENT:
+                kwargs["attention_mask"] = state.mask(index, kwargs.get("attention_mask"))
             return args, kwargs
         enter = _enter if torch.compiler.is_compiling() else type(state).enter
         return enter(state, self.parts.language_model.config, index, args, kwargs)

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from . import cache as kv
 from .attention import KEY
 from .choose import stage2
 from .compat import causal_mask
-from .cut import Cut, best_cut, keep_cut, take_rows, upload
+from .cut import Cut, best_cut, keep_cut, take_mask, take_rows, upload
 from .errors import UnsupportedInputError
 from .plan import Plan
+from .registry import MASKED, RECURRENT, Kinds
 from .select import take
 from .settings import Settings
 from .strategies import Stage2Input
@@ -29,11 +31,13 @@ class Keys:
         valid: (B, P + N) bool over the layer's stored and new keys, or None if all are real.
         length: P + N.
         mask: what to hand to the layer, in the form its attention back-end wants.
+        where: (B, P + N) int64, the positions of those keys among all tokens seen, of padding -1, where somebody asks.
     """
 
     valid: Tensor | None
     length: int
     mask: Any
+    where: Tensor | None = None
 
 
 class Forward:
@@ -51,12 +55,18 @@ class Forward:
         shift: (B, 1) int64, what compact positions lag behind original ones from now on, or None.
         done: whether its output was given back in the input's length.
         true_ids: (B or 1, S) position ids for layers that compute with them, or None.
+        masked: whether layers are handed masks over all tokens seen, of which each takes its part.
+        tracked: whether the cache is to know where its tokens stood, for such masks later.
+        seen: tokens before this forward, where tracked.
     """
 
     def __init__(self, settings: Settings, new: int, flat: Tensor | None, cache: Any) -> None:
         self.settings = settings
+        self.kinds: Kinds = settings.kinds
         self.new, self.flat, self.cache = new, flat, cache
-        self.past = kv.stored_tokens(cache, 0)
+        self.past = kv.stored_tokens(cache, self.kinds.first)
+        self.masked = self.tracked = False
+        self.seen = 0
         self._fresh = not kv.is_static(cache) and not kv.is_pruned(cache)  # no layer differs from another yet
         self.plan: Plan | None = None
         self.record: Record | None = None
@@ -70,9 +80,14 @@ class Forward:
         self.done = False
         self.true_ids: Tensor | None = None
         self._shared: dict[tuple, Keys] = {}
+        self._held: list[Tensor] = []
         self._slots: dict[tuple, kv.Slots] = {}
         self._rotary: dict[tuple, tuple[Tensor, ...]] = {}
         self._ids: dict[int, Tensor] = {}
+
+    def track(self, masked: bool, seen: int) -> None:
+        """Let the cache know where its tokens stand; `masked` and `seen` as above."""
+        self.masked, self.tracked, self.seen = masked, True, seen
 
     def keep_hooks(self, remove: Callable[[], None]) -> None:
         """Hooks that stay as long as this forward does: until it has ended, and its gradient is not needed any more."""
@@ -85,29 +100,91 @@ class Forward:
                 return cut
         return None
 
-    def keys_of(self, config: Any, index: int, hidden: Tensor) -> Keys:
+    def keys_of(self, config: Any, index: int, hidden: Tensor, given: Any = None) -> Keys:
         """What layer `index` attends to.
 
         Args:
             config: of the language model.
             hidden: (B, N, C) or longer, on the layer's device and in its dtype.
+            given: the mask that the layer was handed: over all tokens seen, where `masked`.
         """
         if len(self.keys) > index:
             return self.keys[index]
+        source = self.kinds.sources[index]
+        # a layer that shares keys comes after its source, whose cache has grown since
+        self.keys.append(self._new_keys(config, index, hidden, given) if source == index else self.keys[source])
+        return self.keys[index]
+
+    def mask_for_all(self, config: Any, hidden: Tensor) -> Any:
+        """The mask of the first layer with keys, for a language model that looks at one before its layers do."""
+        return self._plain_keys(config, self.kinds.first, hidden).mask
+
+    def _new_keys(self, config: Any, index: int, hidden: Tensor, given: Any) -> Keys:
         cut, cache = (self.cuts[-1] if self.cuts else None), self.cache
-        key = (len(self.cuts), () if self._fresh else kv.history(cache, index))
-        if key not in self._shared:
-            fresh = None if cut is None else (cut.valid, cut.length)
-            valid = kv.valid_keys(cache, index, self.flat, self.new, fresh)
-            past = kv.stored_tokens(cache, index)
-            hidden = hidden if cut is None else hidden[:, : cut.length]
-            self._shared[key] = Keys(valid, past + hidden.shape[1], causal_mask(config, hidden, valid, past))
+        hidden = hidden if cut is None else hidden[:, : cut.length]
+        if self.kinds.names[index] == RECURRENT:
+            return self._state_keys(cut, hidden)
+        masked = self.masked and given is not None
+        keys = self._masked_keys(index, hidden, given) if masked else self._plain_keys(config, index, hidden)
         if cut is not None and self.plan is not None and kv.is_static(cache):
+            key = self._key(index)
             self._slots[key] = kv.prepare_slots(
                 cache, index, cut.where, cut.pick, self.past, self.new, self.plan.tail, self._slots.get(key)
             )
-        self.keys.append(self._shared[key])
-        return self.keys[index]
+        return keys
+
+    def _key(self, index: int) -> tuple:
+        """Layers with equal ones hold equal tokens."""
+        own = () if self._fresh else kv.history(self.cache, index)
+        return len(self.cuts), own, kv.stored_tokens(self.cache, index) if self.tracked else None
+
+    def _valid(self, index: int) -> Tensor | None:
+        cut = self.cuts[-1] if self.cuts else None
+        fresh = None if cut is None else (cut.valid, cut.length)
+        return kv.valid_keys(self.cache, index, self.flat, self.new, fresh)
+
+    def _plain_keys(self, config: Any, index: int, hidden: Tensor) -> Keys:
+        """Keys of a layer that sees all tokens before its own."""
+        key = self._key(index)
+        if key not in self._shared:
+            valid, past = self._valid(index), kv.stored_tokens(self.cache, index)
+            where = self._columns(index, hidden) if self.tracked else None
+            self._shared[key] = Keys(valid, past + hidden.shape[1], causal_mask(config, hidden, valid, past), where)
+        return self._shared[key]
+
+    def _masked_keys(self, index: int, hidden: Tensor, given: Any) -> Keys:
+        """Keys of a layer whose mask was made for all tokens seen."""
+        key = (*self._key(index), id(given))
+        if key not in self._shared:
+            if not isinstance(given, Tensor) or given.dim() != 4:
+                raise UnsupportedInputError(
+                    f"decoder layer {index + 1} looks at what its mask says, which is to be (batch, heads, queries, "
+                    f"keys) where tokens were pruned, got {type(given).__name__}: use "
+                    'model.set_attn_implementation("sdpa")'
+                )
+            columns = self._columns(index, hidden).to(given.device)
+            # its last column is the last token, its first one need not be the first
+            first = self.seen + self.new - given.shape[3]
+            mask = take_mask(given, self.cuts[-1].where.to(given.device) if self.cuts else None, columns - first)
+            self._shared[key] = Keys(self._valid(index), columns.shape[1], mask, columns)
+            self._held.append(given)  # so that no other takes its id
+        return self._shared[key]
+
+    def _columns(self, index: int, hidden: Tensor) -> Tensor:
+        """(B, P + N) int64: the positions of the keys of a layer with this input (B, N, C), of padding -1."""
+        past = kv.positions(self.cache, index, self.seen, len(hidden), hidden.device)
+        if self.cuts:
+            own = self.cuts[-1].where.to(hidden.device)
+        else:
+            own = torch.arange(self.new, device=hidden.device).expand(len(hidden), -1)
+        return torch.cat([past, torch.where(own < 0, own, own + self.seen)], dim=1)
+
+    def _state_keys(self, cut: Cut | None, hidden: Tensor) -> Keys:
+        """For a layer whose state runs along: which of its new tokens are real, (B, N) int64; None if all are."""
+        length = hidden.shape[1]
+        valid = cut.valid if cut is not None else None if self.flat is None else self.flat[:, -length:]
+        mask = None if valid is None or length == 1 else valid.to(hidden.device, torch.long)
+        return Keys(None, length, mask)
 
     def enter(self, config: Any, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of decoder layer `index`: its own tokens, mask and positions; `config`: of its model."""
@@ -117,8 +194,13 @@ class Forward:
         cut = self.cut_of(index)
         if cut is not None and cut.start == index > 0:
             hidden = take(hidden, cut.index)
-        kwargs["attention_mask"] = self.keys_of(config, index, hidden).mask
+        kwargs["attention_mask"] = self.keys_of(config, index, hidden, kwargs.get("attention_mask")).mask
         if cut is not None:
+            for name, place in self.settings.per_token:
+                if name in kwargs:
+                    kwargs[name] = self._of_later_cuts(cut, kwargs[name])
+                elif place < len(args):
+                    args = (*args[:place], self._of_later_cuts(cut, args[place]), *args[place + 1 :])
             rotary = self.rotary_of(cut, kwargs["position_embeddings"])
             if rotary[0].device != hidden.device:
                 rotary = tuple(x.to(hidden.device) for x in rotary)
@@ -129,6 +211,13 @@ class Forward:
             if self.weights is not None:
                 kwargs[KEY] = Tapped(self)
         return (hidden, *args[1:]), kwargs
+
+    def _of_later_cuts(self, cut: Cut, x: Tensor | None) -> Tensor | None:
+        """What is left of x (B, N, ...), a row for each token that stage 1 left, in a layer of this cut."""
+        for later in self.cuts[1:]:
+            if x is not None and later.start <= cut.start:
+                x = take(x, later.index.to(x.device))
+        return x
 
     def _cuts_before(self, index: int) -> None:
         """Make the cuts that are due before decoder layer `index`."""
@@ -164,11 +253,15 @@ class Forward:
             return  # gradient checkpointing runs the layer again
         weights, keys, cut = self.weights, self.keys[-1], self.cuts[-1]
         assert weights is not None and self.plan is not None
+        key_mask = None if keys.valid is None else keys.valid.to(key.device)
+        if self.masked and isinstance(keys.mask, Tensor):  # what these queries see is no matter of order alone
+            rows = keys.mask[:, 0, -weights.shape[1] :].to(key.device)
+            key_mask = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
         given = Stage2Input(
             query=query[:, :, query.shape[2] - weights.shape[1] :],
             key=key[:, :, : keys.length],
             value=value[:, :, : keys.length],
-            key_mask=None if keys.valid is None else keys.valid.to(key.device),
+            key_mask=key_mask,
             weights=weights.to(query.device),
             scaling=scaling,
             visual=cut.visual.to(key.device),

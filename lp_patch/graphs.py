@@ -250,7 +250,7 @@ class CapturedForward(Forward):
         self.plan, self.cuts, self.valid = plan, [cut], valid
         self.record = Record(settings.shape, plan.visual, plan.text, plan.wiped, [])
 
-    def keys_of(self, config: Any, index: int, hidden: Tensor) -> Keys:
+    def keys_of(self, config: Any, index: int, hidden: Tensor, given: Any = None) -> Keys:
         """What layer `index` attends to: padding stands first in every cut."""
         if len(self.keys) <= index:
             cut = self.cuts[-1]
@@ -350,6 +350,8 @@ class CompiledEngine(Engine):
         cache, config = cache_in(kwargs), self.parts.language_model.config
         implementation = config._attn_implementation or "sdpa"
         more = [x for x, value in kwargs.items() if x not in _KNOWN and value is not None and value is not False]
+        if forward.tracked or not self.settings.kinds.plain:
+            return "a model with windows or with layers without keys"
         if len(forward.cuts[0].where) > 1:
             return "a batch of several rows"
         if torch.is_grad_enabled():

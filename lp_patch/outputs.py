@@ -9,6 +9,7 @@ from .compat import cache_out
 from .cut import restore_index
 from .errors import UnsupportedInputError
 from .forward import Forward
+from .registry import RECURRENT
 from .select import take
 
 
@@ -50,6 +51,8 @@ def _mark_cache(forward: Forward, cache: Any) -> None:
         return
     told: dict[tuple, kv.Stored] = {}
     for index, keys in enumerate(forward.keys):
+        if forward.kinds.names[index] == RECURRENT:
+            continue
         cut = forward.cut_of(index)
         assert cut is not None and forward.plan is not None  # a forward that cuts
         key = (cut.start, cut.length, id(keys))
@@ -58,6 +61,7 @@ def _mark_cache(forward: Forward, cache: Any) -> None:
                 dropped=forward.new - cut.length,
                 valid=keys.valid,
                 covered=keys.length,
+                where=keys.where,
                 tail=forward.plan.tail,
                 shift=forward.shift,
                 history=(kv.new_history_id(),),

@@ -55,6 +55,7 @@ class Patch:
             model.config,
             model.dtype.itemsize,
             layer,
+            parts.kinds,
             part_costs(encoded, tower, parts.projector),
             {**asdict(self.config), "layer": layer, "scorer": self._settings.scorer.name},
         )

@@ -70,7 +70,7 @@ class Planner(EarlyStage):
         call, adapter = self.state.local.call, self.parts.adapter
         if call is not None and call.shows and call.ids is not None and adapter.structural is None is adapter.merge:
             call.expected = sum(shows_images(name, kwargs[name]) for name in kwargs)
-            call.given = kwargs.get("attention_mask")
+            call.read_mask = call.given
             call.host = self._read(call, None, call.ids.shape, kwargs)
             self.encoded(call)
 

@@ -98,7 +98,8 @@ class Call:
         labels: (B, S), or None.
         generated: how many of the last tokens generate() made.
         expected: in how many ways it brings pictures.
-        given: its attention mask.
+        given: the attention mask that the caller gave.
+        read_mask: the one that `host` was read with.
         host: what was read of it, and `planned` what is to be done, where both were possible before the images are
             merged.
     """
@@ -115,8 +116,18 @@ class Call:
     generated: int = 0
     expected: int = 0
     given: Any = None
+    read_mask: Any = None
     host: Any = None
     planned: Any = None
+
+    def mask_for(self, handed: Any) -> Any:
+        """The mask to read padding from, where the language model was handed this one.
+
+        Some merging modules make masks by layer from the caller's (B, tokens).
+        """
+        made = isinstance(handed, dict) or (isinstance(handed, Tensor) and handed.dim() == 4)
+        flat = self.given is None or (isinstance(self.given, Tensor) and self.given.dim() == 2)
+        return self.given if made and flat and self.started else handed
 
 
 class PerThread(threading.local):
@@ -315,6 +326,7 @@ class Reader(Asking):
         local.labels, local.generated = None, 0
         call.ids = kwargs.get("input_ids", args[0] if args else None)
         call.embeds = kwargs.get("inputs_embeds")
+        call.given = kwargs.get("attention_mask")
         call.merged_outside = local.outside and call.embeds is not None and self.parts.adapter.merge is None
         call.shows = any(shows_images(name, kwargs[name]) for name in kwargs)
         for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():

@@ -14,13 +14,16 @@ from .prompt import Prompt
 from .registry import Parts
 
 
-def check_call(parts: Parts, plan: Plan, prompt: Prompt, kwargs: dict, compact: bool, chunk: int | None) -> None:
+def check_call(
+    parts: Parts, plan: Plan, prompt: Prompt, kwargs: dict, compact: bool, chunk: int | None, masked: bool
+) -> None:
     """Refuse a forward that pruning would make wrong.
 
     Args:
         kwargs: of the language model's forward.
         compact: whether survivors are to be numbered consecutively.
         chunk: into how many tokens generate() cuts the prompt, or None.
+        masked: whether masks say what its layers look at.
     """
     cache, family = cache_in(kwargs), parts.adapter.family
     refuse_chunks(chunk)
@@ -52,6 +55,21 @@ def check_call(parts: Parts, plan: Plan, prompt: Prompt, kwargs: dict, compact: 
         raise UnsupportedInputError(
             f"the layers of {type(parts.language_model).__name__} compute with position ids, and FlashAttention takes "
             'the gaps in those of the survivors for packed sequences: use model.set_attn_implementation("sdpa")'
+        )
+    implementation = parts.language_model.config._attn_implementation or ""
+    if masked and ("flash" in implementation or "flex" in implementation):
+        raise UnsupportedInputError(
+            f"layers of {family} look at a part of the tokens before them (windows, or blocks of image tokens), which "
+            f'{implementation} counts after pruning: use model.set_attn_implementation("sdpa")'
+        )
+    if masked and compact:
+        raise UnsupportedInputError(
+            f'positions="compact" has no meaning for {family}, whose masks count tokens: use positions="original"'
+        )
+    if masked and kv.is_static(cache):
+        raise UnsupportedInputError(
+            f"layers of {family} look at a part of the tokens before them, which a static cache does not allow to prune: "
+            "leave cache_implementation out"
         )
     empty = np.array(plan.wiped) & (np.array(plan.text) == 0)
     if empty.any():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from .compat import computes_with, merging_module, window
+from .compat import computes_with, kind_of, merging_module, shares_keys, window
 from .errors import ConfigError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "lp_patch.adapters"
@@ -75,6 +75,8 @@ class Adapter:
         layers: the decoder layers, in order.
         attention: path from a decoder layer to its attention module.
         rotary: module called with `position_ids` once per forward.
+        per_token: further arguments of the language model, and of its layers, that hold a row for each token,
+            (B, S, ...): they are cut with the sequence.
     """
 
     model_type: str
@@ -95,14 +97,68 @@ class Adapter:
     layers: str = "language_model.layers"
     attention: str = "self_attn"
     rotary: str = "language_model.rotary_emb"
+    per_token: tuple[str, ...] = ()
+
+
+# what a decoder layer may look at: all tokens before it; those that its mask says (windows, chunks, blocks); or it has
+# no keys, but a state that runs along (linear attention, convolution)
+FULL, MASKED, RECURRENT = "full", "masked", "recurrent"
+
+
+@dataclass(frozen=True)
+class Kinds:
+    """What the decoder layers of one model look at.
+
+    Attributes:
+        names: FULL, MASKED or RECURRENT, by layer.
+        windows: by layer, how many keys back it looks, or None where it does not count them.
+        sources: by layer, the layer whose keys it attends to: itself, or an earlier one that it shares them with.
+    """
+
+    names: tuple[str, ...]
+    windows: tuple[int | None, ...]
+    sources: tuple[int, ...]
+
+    @property
+    def plain(self) -> bool:
+        """Whether all layers look at all tokens before them."""
+        return set(self.names) == {FULL}
+
+    @property
+    def masked(self) -> bool:
+        """Whether some layer's mask says what it looks at."""
+        return MASKED in self.names
+
+    @property
+    def first(self) -> int:
+        """The first layer with keys."""
+        return next(i for i, name in enumerate(self.names) if name != RECURRENT)
+
+    @property
+    def last_cut(self) -> int:
+        """The last layer before which the sequence may be cut: those that share keys need them as long as theirs."""
+        return min((s for i, s in enumerate(self.sources) if s != i), default=len(self.names))
+
+    def reached(self, length: int) -> bool:
+        """Whether masks matter in a sequence of so many tokens."""
+        return any(
+            name == MASKED and (reach is None or length > reach)
+            for name, reach in zip(self.names, self.windows, strict=True)
+        )
+
+    def scoring(self) -> list[int]:
+        """Layers, counted from 1, whose attention can rank tokens: those that see all of them, if there are any."""
+        wanted = FULL if FULL in self.names else MASKED
+        own = [i for i, name in enumerate(self.names) if name == wanted and self.sources[i] == i]
+        return [i + 1 for i in own if 1 <= i + 1 < len(self.names) and i + 1 <= self.last_cut]
 
 
 @dataclass(frozen=True)
 class Parts:
     """The patch points of one live model, all found.
 
-    `modalities` are those that this model's config has a placeholder for; `true_positions`: its layers compute with
-    position ids themselves, beside the rotary embedding.
+    `attention` is None in layers without; `true_positions`: the layers compute with position ids themselves, beside the
+    rotary embedding.
     """
 
     adapter: Adapter
@@ -117,6 +173,7 @@ class Parts:
     width: int
     first_cut: int
     true_positions: bool
+    kinds: Kinds
 
 
 class ModalityPart(NamedTuple):
@@ -273,14 +330,11 @@ def find_parts(model: object) -> Parts:
             f"pruning inside the language model needs 2 decoder layers or more, found {len(layers)}"
         )
     text_config = language_model.config
-    attention = tuple(point(layer, adapter.attention) for layer in layers)
-    windows = [i for i, (x, y) in enumerate(zip(layers, attention, strict=True)) if window(x, y) is not None]
-    if windows:
-        raise UnsupportedModelError(
-            f"the language model ({text_config.model_type}) uses sliding-window attention in {len(windows)} of "
-            f"{len(layers)} decoder layers, the first of them layer {windows[0] + 1}, which pruning would widen: such "
-            "layers are not supported"
-        )
+    kinds = find_kinds(layers, adapter.attention, text_config)
+    attention = tuple(
+        None if kind == RECURRENT else point(layer, adapter.attention)
+        for layer, kind in zip(layers, kinds.names, strict=True)
+    )
     for modality in adapter.modalities:
         if isinstance(modality.placeholder, str):
             point(inner.config, modality.placeholder)
@@ -296,5 +350,30 @@ def find_parts(model: object) -> Parts:
         rotary=point(base, adapter.rotary),
         width=text_config.hidden_size if adapter.width is None else adapter.width(inner.config),
         first_cut=1 if adapter.first_cut is None else adapter.first_cut(inner.config),
-        true_positions=any(computes_with(x, "position_ids") for x in (*layers, *attention)),
+        true_positions=any(computes_with(x, "position_ids") for x in (*layers, *attention) if x is not None),
+        kinds=kinds,
     )
+
+
+def find_kinds(layers: tuple[nn.Module, ...], path: str, config: Any) -> Kinds:
+    """What each decoder layer looks at, by the attention at `path` below it and by the language model's config."""
+    names: list[str] = []
+    windows: list[int | None] = []
+    sources: list[int] = []
+    told = [kind_of(config, index, layer) for index, layer in enumerate(layers)]
+    for index, layer in enumerate(layers):
+        attention: Any = layer
+        for name in path.split("."):
+            attention = getattr(attention, name, None)
+        # a layer without attention is one that the config calls something else; any other lacks a patch point
+        called = told[index] or "attention"
+        recurrent = attention is None and ("attention" not in called or called == "linear_attention")
+        reach = None if attention is None else window(layer, attention)
+        full = reach is None and told[index] in (None, "full_attention")
+        names.append(RECURRENT if recurrent else FULL if full or attention is None else MASKED)
+        windows.append(reach)
+        same = [i for i in range(index) if told[i] == told[index] and sources[i] == i]
+        sources.append(same[-1] if shares_keys(attention) and same else index)
+    if set(names) == {RECURRENT}:
+        names = [FULL] * len(names)  # the path is wrong: the caller will say so
+    return Kinds(tuple(names), tuple(windows), tuple(sources))

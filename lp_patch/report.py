@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from .registry import RECURRENT, Kinds
 from .trace import Encoded, Trace
 
 NOTHING_YET = "no prefill yet"
@@ -177,6 +178,7 @@ def make_report(
     text_config: Any,
     itemsize: int,
     k: int,
+    kinds: Kinds,
     parts: Sequence[PartCost] = (),
     settings: dict[str, Any] | None = None,
 ) -> Report:
@@ -188,6 +190,7 @@ def make_report(
         text_config: the language model's config.
         itemsize: bytes of one cached number.
         k: layers that run on the stage-1 tokens.
+        kinds: what the layers look at; of one without keys, neither its state nor its recurrence is counted.
         parts: what `part_costs` found.
         settings: the options as they ran.
     """
@@ -205,8 +208,13 @@ def make_report(
         # experts are stacked, (experts, out, in), and a token runs through a few of them
         weights += active * sum(p.numel() for p in module.parameters() if p.dim() == 3)
 
-        def flops(tokens: int, weights: float = weights) -> float:
-            return 2.0 * weights * tokens + 2.0 * heads * head_dim * tokens**2
+        keyed = kinds.names[i] != RECURRENT
+        pairs, window = 2.0 * heads * head_dim * keyed, kinds.windows[i]
+
+        def flops(tokens: int, weights: float = weights, pairs: float = pairs, window: int | None = window) -> float:
+            # a causal square's half; with a window, a band
+            seen = tokens if window is None else min(tokens, 2 * window)
+            return 2.0 * weights * tokens + pairs * tokens * seen
 
         kept = [layers_of[i] + text for layers_of, text in zip(trace.tokens_per_layer, trace.text_tokens, strict=True)]
         full = [visual + text for visual, text in zip(trace.visual_tokens, trace.text_tokens, strict=True)]
@@ -219,11 +227,19 @@ def make_report(
                 visual_tokens=visual,
                 flops=sum(map(flops, kept)),
                 full_flops=sum(map(flops, full)),
-                kv_bytes=sum(kept) * kv_token,
-                full_kv_bytes=sum(full) * kv_token,
+                kv_bytes=_stored(kept, kinds, i) * kv_token,
+                full_kv_bytes=_stored(full, kinds, i) * kv_token,
             )
         )
     return Report(trace, costs, list(parts), settings or {})
+
+
+def _stored(tokens: Iterable[int], kinds: Kinds, index: int) -> int:
+    """Keys that a layer stores of so many tokens in each row."""
+    if kinds.names[index] == RECURRENT or kinds.sources[index] != index:
+        return 0
+    window = kinds.windows[index]
+    return sum(x if window is None else min(x, window - 1) for x in tokens)
 
 
 def part_costs(encoded: Sequence[Encoded], tower: Any, projector: nn.Module | None) -> list[PartCost]:

@@ -25,7 +25,7 @@ def received_attention(
         key: (B, KV, K, D), rotated, ``K >= Q`` if causal; KV divides H (grouped-query attention).
         query_weight: (B, Q) float; rows normally sum to 1, 0 leaves a query out.
         scaling: factor on the dot product.
-        key_mask: (B, K) bool, True where a key is real; None means all are.
+        key_mask: (B, K) bool, True where a key is real, or (B, Q, K), where a query sees it; None means all are.
         causal: query i sees keys up to ``K - Q + i``.
 
     Returns:
@@ -53,7 +53,8 @@ def _received(
             last = torch.arange(start, start + length, device=key.device) + (n_keys - n_queries)
             logits = logits.masked_fill(columns > last[:, None], -torch.inf)
         if key_mask is not None:
-            logits = logits.masked_fill(~key_mask[:, None, None, :], -torch.inf)
+            seen = key_mask[:, None] if key_mask.dim() == 2 else key_mask[:, start : start + length]
+            logits = logits.masked_fill(~seen[:, None], -torch.inf)
         # a padding query sees nothing: its softmax is NaN, and its weight of 0 would not remove that
         weights = logits.softmax(dim=-1).nan_to_num(0.0)
         received += torch.einsum("bhqk,bq->bk", weights, query_weight[:, start : start + length].float())

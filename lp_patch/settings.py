@@ -1,5 +1,6 @@
 """What the options mean on one model: everything that `apply` can decide or refuse before the first call."""
 
+import inspect
 from dataclasses import dataclass
 
 from torch import nn
@@ -9,7 +10,7 @@ from .budget import StageBudget, default_layer, inside_budget, stage_budget
 from .config import PruningConfig
 from .errors import ConfigError
 from .pruner import LearnablePruner
-from .registry import Parts
+from .registry import Kinds, Parts
 from .strategies import SCORERS, Reading, Scorer, TextScorer, resolve_scorer, resolve_text_scorer
 from .trace import Shape
 
@@ -21,6 +22,8 @@ class Settings:
     Attributes:
         shape: where the stages begin.
         readings: the vision attention modules that the scorer reads, each once, and what it reads there.
+        kinds: what the decoder layers look at.
+        per_token: further arguments of a decoder layer that hold a row for each token, and their places.
     """
 
     config: PruningConfig
@@ -29,6 +32,8 @@ class Settings:
     pruner: LearnablePruner | None
     shape: Shape
     readings: tuple[tuple[nn.Module, tuple[Reading, ...]], ...]
+    kinds: Kinds
+    per_token: tuple[tuple[str, int], ...]
 
     def budget(self, present: int) -> StageBudget:
         """What a visual input of `present` tokens keeps."""
@@ -50,9 +55,7 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
     """
     scorer, text_scorer = resolve_scorer(config.scorer, pruner), resolve_text_scorer(config.text_scorer)
     n_layers = len(parts.layers)
-    # a default that DeepStack forbids would refuse a model that nobody gave a layer for
-    default = min(max(text_scorer.layer or default_layer(n_layers), parts.first_cut), n_layers - 1)
-    layer = default if config.layer is None else config.layer
+    layer = _layer(parts, config, text_scorer)
     wipe = config.final_wipe_layer
     if not 1 <= layer < n_layers:
         raise ConfigError(f"layer must lie in [1, {n_layers - 1}] for {n_layers} decoder layers, got {layer}")
@@ -60,15 +63,24 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
         raise ConfigError(f"final_wipe_layer must lie in [{layer + 1}, {n_layers}] (after layer={layer}), got {wipe}")
     shape = Shape(n_layers, layer, None if wipe == n_layers else wipe)
     _check_strategies(config, scorer, text_scorer)
-    if text_scorer.unrotates:
-        check_rotary(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
-    settings = Settings(config, scorer, text_scorer, pruner, shape, _readings(parts, scorer))
+    names = list(inspect.signature(parts.layers[0].forward).parameters)
+    per_token = tuple((x, names.index(x)) for x in parts.adapter.per_token if x in names)
+    readings = _readings(parts, scorer)
+    settings = Settings(config, scorer, text_scorer, pruner, shape, readings, parts.kinds, per_token)
     if scorer.keeps_all and config.ratio is not None:
         settings.budget(1)  # refuses what is too small for any input
     fewest = None if parts.adapter.fewest is None else parts.adapter.fewest(parts.model.config)
     if fewest is not None:
         settings.budget(fewest)  # refuses what no image could be pruned to
-    check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
+    if config.stage_ratio > 1:
+        check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
+        if text_scorer.unrotates:
+            check_rotary(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
+    if config.positions == "compact" and parts.kinds.masked:
+        raise ConfigError(
+            f'positions="compact" has no meaning for {parts.adapter.family}, whose layers count how far back they look: '
+            'use positions="original"'
+        )
     if config.positions == "compact" and hasattr(parts.rotary, "mrope_section"):
         raise ConfigError(
             f'positions="compact" has no meaning for the several axes of position ids of {parts.adapter.family}: '
@@ -79,7 +91,31 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
             f"{parts.adapter.family} adds visual features in its first {parts.first_cut} decoder layers: "
             f"layer must be at least {parts.first_cut}, got {layer}"
         )
+    latest = layer if shape.wipe_layer is None else shape.wipe_layer
+    if latest > parts.kinds.last_cut and (config.stage_ratio > 1 or shape.wipe_layer is not None):
+        raise ConfigError(
+            f"later decoder layers of {parts.adapter.family} share the keys of layer {parts.kinds.last_cut + 1}: layer "
+            f"and final_wipe_layer must be at most {parts.kinds.last_cut}, got {latest}"
+        )
     return settings
+
+
+def _layer(parts: Parts, config: PruningConfig, text_scorer: TextScorer) -> int:
+    """The paper's k: the one asked for, or the nearest to the default that can rank tokens."""
+    n_layers, able = len(parts.layers), parts.kinds.scoring()
+    if config.layer is not None:
+        if config.stage_ratio > 1 and 1 <= config.layer < n_layers and able and config.layer not in able:
+            near = sorted(able, key=lambda x: (abs(x - config.layer), x))[:4]  # type: ignore[operator]
+            raise ConfigError(
+                f"decoder layer {config.layer} of {parts.adapter.family} cannot rank all visual tokens: it has a window "
+                f"or no attention at all. Use layer={' or '.join(map(str, sorted(near)))}, or stage_ratio=1 for stage 1 "
+                "alone"
+            )
+        return config.layer
+    wanted = text_scorer.layer or default_layer(n_layers)
+    # a default that DeepStack forbids would refuse a model that nobody gave a layer for
+    allowed = [x for x in able if x >= parts.first_cut] or [min(max(wanted, parts.first_cut), n_layers - 1)]
+    return min(allowed, key=lambda x: (abs(x - wanted), x))
 
 
 def _check_strategies(config: PruningConfig, scorer: Scorer, text_scorer: TextScorer) -> None:

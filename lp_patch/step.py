@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from .attention import KEY
-from .cache import PrunedStaticLayer, is_static
+from .cache import PrunedStaticLayer, first_layer, is_static
 from .compat import cache_in, slot_mask
 
 
 class Step:
-    """The masks of one step, by the layer from which on they hold; it reaches the layers as a keyword."""
+    """The masks of one step, by the layer from which on they hold; it reaches the layers as a keyword.
+
+    What is handed to a layer without keys stays: those masks are no part of it.
+    """
 
     def __init__(self, starts: list[int], masks: list[Any]) -> None:
         self.starts, self.masks = starts, masks
@@ -46,23 +49,23 @@ def is_static_step(args: tuple, kwargs: dict) -> bool:
 def static_step(config: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """The language model's arguments for tokens on a static cache, or None if that was not pruned."""
     cache = cache_in(kwargs)
-    layers = cache.layers
-    if not isinstance(layers[0], PrunedStaticLayer) or not layers[0].pruned:
+    first = first_layer(cache)
+    if not isinstance(first, PrunedStaticLayer) or not first.pruned:
         return None
-    layers[0].lead.on = True
+    first.lead.on = True
     starts: list[int] = []
     masks: list[Any] = []
-    for index, layer in enumerate(layers):
-        if layer.owner:
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, PrunedStaticLayer) and layer.owner:
             starts.append(index)
             masks.append(_masked(config, args, kwargs, layer.stored))
     kwargs = {**kwargs, "attention_mask": masks[0], KEY: Step(starts, masks)}
-    if layers[0].shift is not None:
+    if first.shift is not None:
         tokens, ids = tokens_of(args, kwargs), kwargs.get("position_ids")
         assert tokens is not None
         if ids is None:
             ids = (torch.arange(tokens.shape[1], device=tokens.device) + cache.get_seq_length())[None]
-        kwargs["position_ids"] = ids - layers[0].shift.to(ids.device)
+        kwargs["position_ids"] = ids - first.shift.to(ids.device)
     return args, kwargs
 
 
@@ -70,7 +73,11 @@ def _masked(config: Any, args: tuple, kwargs: dict, stored: Tensor) -> Any:
     """The given mask without the slots that were never written: `stored` (B, slots) bool."""
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):
-        return {name: _masked(config, args, {**kwargs, "attention_mask": x}, stored) for name, x in mask.items()}
+        # what is no mask over slots is for layers without keys
+        over_slots = {name: x for name, x in mask.items() if x is not None and x.dim() == 4}
+        return mask | {
+            name: _masked(config, args, {**kwargs, "attention_mask": x}, stored) for name, x in over_slots.items()
+        }
     if mask is not None and mask.dim() == 4:
         seen = stored[:, None, None, : mask.shape[-1]]
         return mask & seen if mask.dtype == torch.bool else mask.masked_fill(~seen, torch.finfo(mask.dtype).min)

@@ -10,6 +10,7 @@ padding tokens hold numbers that mean nothing (each sees at least itself).
     visual    rows -> visual inputs -> the positions (ascending) of its counted tokens in the prompt
 """
 
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -30,20 +31,39 @@ class Expected:
     hidden: list[tuple[int, torch.Tensor]]  # what vanished, and when
 
 
-def masks(inputs, hidden, n_layers, dtype):
-    """The additive mask (B, 1, S, S) of each layer: causal, padding, and what is hidden from that layer on."""
+@torch.no_grad()
+def stock_masks(model, layers, inputs):
+    """What the untouched model lets each layer see, (B, 1, S, S) bool; None where that is all before it."""
+    found, before = [], model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with ExitStack() as stack:
+        for layer in layers:
+            hook = layer.register_forward_pre_hook(
+                lambda module, args, kwargs: found.append(kwargs["attention_mask"]), with_kwargs=True
+            )
+            stack.callback(hook.remove)
+        model(**inputs, use_cache=False)
+    model.set_attn_implementation(before)
+    return [None if x is None else x if x.dtype == torch.bool else x > torch.finfo(x.dtype).min / 2 for x in found]
+
+
+def masks(inputs, hidden, stock, dtype):
+    """The additive mask (B, 1, S, S) of each layer: what it sees, and what is hidden from that layer on.
+
+    `stock`: what each layer sees of the whole prompt; None: all before it, without padding.
+    """
     batch, length = inputs["input_ids"].shape
     real = torch.ones(batch, length, dtype=torch.bool)
     if inputs.get("attention_mask") is not None:
         real = inputs["attention_mask"].bool()
     causal, itself = torch.ones(length, length).tril().bool(), torch.eye(length).bool()
     out = []
-    for layer in range(n_layers):
+    for layer, own in enumerate(stock):
         seen = real
         for start, gone in hidden:
             if start <= layer:
                 seen = seen & ~gone
-        allowed = (causal & seen[:, None, :]) | itself
+        allowed = ((causal if own is None else own[:, 0]) & seen[:, None, :]) | itself
         out.append(torch.zeros(batch, 1, length, length, dtype=dtype).masked_fill(~allowed[:, None], -torch.inf))
     return out
 
@@ -51,7 +71,7 @@ def masks(inputs, hidden, n_layers, dtype):
 @contextmanager
 def hiding(model, layers, inputs, hidden):
     """Within the block, the layers use our masks."""
-    own = masks(inputs, hidden, len(layers), model.dtype)
+    own = masks(inputs, hidden, stock_masks(model, layers, inputs), model.dtype)
 
     def replace(mask):
         return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask})
@@ -82,7 +102,7 @@ def attention_map(model, layers, inputs, hidden, index, attention="self_attn"):
     finally:
         handle.remove()
         model.set_attn_implementation(before)
-    return found[0]
+    return found[-1]
 
 
 @torch.no_grad()
@@ -94,7 +114,7 @@ def merged(model, language_model, inputs):
     )
     model(**inputs, use_cache=False)
     handle.remove()
-    return found[0]
+    return found[-1]
 
 
 def best(scores, count):
@@ -129,15 +149,17 @@ def chosen_inside(maps, row, positions, last_visual, there, end, structural, cou
 def expected(
     model, layers, language_model, inputs, visual, *, tokens=None, ratio=2 / 9, layer=None, stage_ratio=3.0,
     diversity=0.1, wipe=None, pruner=None, features=None, structural=None, end=None, attention="self_attn",
-    positions="original", earlier=(),
+    positions="original", earlier=(), run=None,
 ):  # fmt: skip
     """What a batch must give; options as `oracle.expected` has them.
 
     `features`: rows -> visual inputs -> (n, C) that stage 1 looks at; by default what the language model is given.
     `structural`: rows -> positions that are neither counted nor text. `end`: where the prompt ended, if tokens that
     were generated (or a later text turn) follow; they choose nothing. `earlier`: the `hidden` of an earlier turn, whose
-    pictures choose no more; `visual` has those of this turn.
+    pictures choose no more; `visual` has those of this turn. `run`: a module with `masked_logits` and `attention_map`
+    for models on which nothing can be hidden; None: this one.
     """
+    run = sys.modules[__name__] if run is None else run
     n_layers = len(layers)
     k = layer or min(max(round(0.375 * n_layers), 1), n_layers - 1)
     batch, length = inputs["input_ids"].shape
@@ -171,7 +193,7 @@ def expected(
     stay2, scores2 = [], []
     maps = None
     if stage_ratio > 1 and any(sum(r2 for _, r2 in b) < len(x) for b, x in zip(budgets, kept, strict=True)):
-        maps = attention_map(model, layers, inputs, [*earlier, (0, first)], k - 1, attention)
+        maps = run.attention_map(model, layers, inputs, [*earlier, (0, first)], k - 1, attention)
     for row, own in enumerate(visual):
         wanted = sum(r2 for _, r2 in budgets[row])
         stay, scores = kept[row], {}
@@ -189,7 +211,7 @@ def expected(
     gone = torch.stack([gone for _, gone in hidden]).any(dim=0)
     numbers = [{p: i for i, p in enumerate(sorted(p for x in own for p in x))} for own in visual]
     return Expected(
-        masked_logits(model, layers, inputs, hidden),
+        run.masked_logits(model, layers, inputs, hidden),
         [[n[p] for p in x] for n, x in zip(numbers, kept, strict=True)],
         [[n[p] for p in x] for n, x in zip(numbers, stay2, strict=True)],
         scores1,

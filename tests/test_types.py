@@ -57,8 +57,9 @@ def test_forward(kind, side):
 def test_eager(kind):
     # transformers' eager softmax runs in float32, where a fully masked float64 row is NaN, patched or not
     model, scene = make(kind, seed=2, dtype=torch.float32, attention="eager")
-    want = scene.want(model, **options(kind, wipe=4))
-    with lp_patch.applied(model, **options(kind, final_wipe_layer=4)) as patch:
+    last = TYPES[kind].layer + 2 if TYPES[kind].wipes else None
+    want = scene.want(model, **options(kind, wipe=last))
+    with lp_patch.applied(model, **options(kind, final_wipe_layer=last)) as patch:
         logits = forward(model, scene)
     check_sets(patch.trace, want)
     torch.testing.assert_close(logits[want.left], want.logits[want.left], **CLOSE)
@@ -107,18 +108,31 @@ def test_static_cache(kind):
     assert not torch.allclose(torch.stack(found.logits), torch.stack(plain.logits))
 
 
-@every
-def test_second_text_turn(kind):
-    """Text on a kept cache, padded rows."""
-    model, scene = make(kind, seed=6)
-    more = torch.randint(FIRST, VOCAB, (3, 4), generator=torch.Generator().manual_seed(6))
-    with lp_patch.applied(model, **options(kind)), torch.no_grad():
+def second_turn(model, scene, more):
+    """The logits of `more` (B, n) on the cache of the scene's prompts."""
+    with torch.no_grad():
         cache = getattr(model(**scene.forward(), use_cache=True), CACHE)
         grown = scene.forward(more)
-        given = {"input_ids": more, "attention_mask": grown["attention_mask"], CACHE: cache}
+        given = {"input_ids": more, CACHE: cache}
+        if scene.padded:
+            given["attention_mask"] = grown["attention_mask"]
         if "position_ids" in grown:
             given["position_ids"] = grown["position_ids"][:, -4:]
-        logits = model(**given).logits
+        return model(**given).logits
+
+
+@every
+def test_second_text_turn(kind):
+    """Text on a kept cache, of padded rows where stock can do that."""
+    model, scene = make(kind, seed=6)
+    more = torch.randint(FIRST, VOCAB, (3, 4), generator=torch.Generator().manual_seed(6))
+    try:
+        second_turn(model, scene, more)
+    except RuntimeError:  # Qwen3.5 counts positions over the whole mask
+        (model, scene), more = make(kind, seed=6, which=(1,)), more[:1]
+        second_turn(model, scene, more)
+    with lp_patch.applied(model, **options(kind)):
+        logits = second_turn(model, scene, more)
     want = scene.want(model, more, **options(kind)).logits[:, -4:]
     torch.testing.assert_close(logits, want, **CLOSE)
 

@@ -78,7 +78,7 @@ class Stage2Input:
         query: (B, H, Q, D), rotated; the Q queries are the last ones of the sequence.
         key: (B, KV, K, D), rotated, ``K >= N``: tokens of earlier turns come first.
         value: (B, KV, K, D).
-        key_mask: (B, K) bool, True where a key is real; None means all are.
+        key_mask: (B, K) bool, True where a key is real, or (B, Q, K), where a query sees it; None means all are.
         weights: (B, Q) float32, how much each query asks; rows sum to 1.
         scaling: the layer's factor on the dot product.
         visual: (B, N) bool, the tokens to score among the N of this prompt.
@@ -113,7 +113,8 @@ class Stage2Input:
 
 def attention_received(x: Stage2Input) -> Tensor:
     """(B, N): post-softmax attention from the weighted queries, averaged over heads."""
-    received = received_attention(x.query, x.key, x.weights, x.scaling, key_mask=x.key_mask)
+    by_order = x.key_mask is None or x.key_mask.dim() == 2
+    received = received_attention(x.query, x.key, x.weights, x.scaling, key_mask=x.key_mask, causal=by_order)
     return received[:, -x.visual.shape[1] :]
 
 

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..attention import KEY, check_tappable, install_tap
 from ..compat import cache_in, checkpoint_layers
-from ..errors import ConfigError, UnsupportedInputError
+from ..errors import ConfigError, UnsupportedInputError, UnsupportedModelError
 from ..install import Installation, forget_compiled
 from ..pruner import LearnablePruner, resolve_pruner
 from ..read import Chosen, Reader, State, chosen_of
@@ -51,6 +51,11 @@ class Gate(Reader):
         self.on = True
         self.mask: Tensor | None = None
         self.visual: Tensor | None = None
+        if not parts.kinds.plain:
+            raise UnsupportedModelError(
+                f"a pruner cannot be trained on {parts.adapter.family} with this language model, whose layers have "
+                "windows, or a state in the place of keys: the gate needs layers that look at all tokens before them"
+            )
         for number, attention in enumerate(parts.attention):
             check_tappable(attention, f"the attention of decoder layer {number}")
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import masked
+import shortened
 import torch
 from torch.nn.functional import pad
 from transformers import AutoModelForImageTextToText
@@ -16,6 +17,7 @@ from transformers import AutoModelForImageTextToText
 PAD, EOS, IMAGE, VIDEO, START, END = range(6)
 FIRST, VOCAB = 10, 60
 LAYERS, HIDDEN = 6, 32
+RECURRENT = {"linear_attention", "conv", "mamba"}  # layers on which nothing can be hidden
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Tiny:
         adjust: called with the finished model.
         oracle: keyword arguments for the oracle.
         layer: the options' `layer`.
+        wipes: whether layers after that can lose all visual tokens.
     """
 
     config: Callable[[], Any]
@@ -63,6 +66,7 @@ class Tiny:
     adjust: Callable[[Any], None] = lambda model: None
     oracle: dict = field(default_factory=dict)
     layer: int = 2
+    wipes: bool = True
 
 
 @dataclass
@@ -73,6 +77,11 @@ class Scene:
     inputs: dict
     visual: list
     structural: list
+
+    @property
+    def padded(self):
+        """Whether any row is."""
+        return not self.inputs["attention_mask"].all()
 
     def forward(self, new=None):
         """Keyword arguments of a forward; `new` (B, n) tokens were generated."""
@@ -90,6 +99,8 @@ class Scene:
         """What the patched model must give, `new` tokens after the prompt included."""
         decoder = model.get_decoder()
         given = {"structural": self.structural, "end": self.inputs["input_ids"].shape[1], **self.tiny.oracle}
+        if RECURRENT & set(getattr(decoder.config, "layer_types", None) or ()):
+            given["run"] = shortened
         inputs = self.forward(new)
         return masked.expected(model, decoder.layers, decoder, inputs, self.visual, **{**given, **options})
 
