@@ -17,29 +17,50 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from .compat import names_back_ends
 from .errors import UnsupportedModelError
 
 KEY = "lp_patch"  # the keyword by which a forward carries its state to its layers
 TAP_NAME = "lp_patch_tap"
 
-# (what came under KEY or None, query, key, value, scaling) -> None: the layer's own attention, or (B, H, Q, D) for it
-Observer = Callable[[Any, Tensor, Tensor, Tensor, float], Tensor | None]
+# (what came under KEY or None, query, key, value, mask, scaling) -> None: the layer's own attention, or (B, H, Q, D)
+Observer = Callable[[Any, Tensor, Tensor, Tensor, Any, float], Tensor | None]
+
+
+class BackEndName(str):
+    """The tap's name, for a module that compares it with names of back-ends: equal to the one behind the tap as well."""
+
+    behind: str
+
+    def __eq__(self, other: object) -> bool:
+        return str.__eq__(self, other) is True or other == self.behind
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = str.__hash__  # it is looked up as the tap's
 
 
 class TappedConfig:
     """A live view of a config, in which `_attn_implementation` names the tap; the back-end's name is its ending.
 
     transformers asks names whether "flash" is in them. Plain Python on purpose: dynamo reads through C-level proxies
-    without noticing what they override.
+    without noticing what they override. `compared`: whether its module compares names.
     """
 
-    def __init__(self, config: Any, observer: Observer) -> None:
+    def __init__(self, config: Any, observer: Observer, compared: bool = False) -> None:
         self._tapped = config
         self._observer = observer
+        self._compared = compared
 
     @property
     def _attn_implementation(self) -> str:
-        return tap_name(self._tapped._attn_implementation)
+        behind = self._tapped._attn_implementation
+        if not self._compared:
+            return tap_name(behind)
+        name = BackEndName(tap_name(behind))
+        name.behind = behind
+        return name
 
     def __getattr__(self, name: str) -> Any:
         if name == "_tapped":  # half unpickled
@@ -47,10 +68,10 @@ class TappedConfig:
         return getattr(self._tapped, name)
 
     def __deepcopy__(self, memo: dict) -> "TappedConfig":
-        return type(self)(deepcopy(self._tapped, memo), deepcopy(self._observer, memo))
+        return type(self)(deepcopy(self._tapped, memo), deepcopy(self._observer, memo), self._compared)
 
     def __reduce__(self) -> tuple:
-        return type(self), (self._tapped, self._observer)
+        return type(self), (self._tapped, self._observer, self._compared)
 
 
 class Untapped:
@@ -78,7 +99,7 @@ def _tapped_attention(
     """The registered attention function: query (B, H, Q, D), key and value (B, KV, K, D)."""
     config = module.config
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = config._observer(kwargs.pop(KEY, None), query, key, value, factor)
+    out = config._observer(kwargs.pop(KEY, None), query, key, value, mask, factor)
     if out is not None:
         return out.transpose(1, 2).contiguous(), None
     name = config._tapped._attn_implementation
@@ -115,7 +136,7 @@ def check_rotary(attention: nn.Module, path: str) -> None:
 
 def install_tap(attention: Any, observer: Observer) -> Callable[[], None]:
     """Show `observer` every call of this module's attention; returns what undoes it."""
-    attention.config = TappedConfig(attention.config, observer)
+    attention.config = TappedConfig(attention.config, observer, names_back_ends(attention))
     return partial(_remove_tap, attention)
 
 

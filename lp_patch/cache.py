@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import wrapt
 from torch import Tensor
-from transformers.cache_utils import Cache, StaticLayer
+from transformers.cache_utils import Cache, StaticLayer, StaticSlidingWindowLayer
 
 from .compat import is_recurrent
 from .errors import UnsupportedInputError
@@ -321,20 +321,32 @@ def check_prunable(cache: object) -> None:
             f"lp_patch prunes what lies in a transformers Cache, got {type(cache).__name__}: pictures in continuous "
             "batching (generate_batch, transformers serve) need the patch removed"
         )
+    known = [StaticLayer, PrunedStaticLayer]
+    if any(type(layer) in known for layer in cache.layers) and seen_tokens(cache) == 0:
+        known.append(StaticSlidingWindowLayer)  # `unroll` can tell how long it would be
     for layer in cache.layers:
         if is_recurrent(layer):
             continue
         static = getattr(layer, "is_compileable", False)
         # before 5.x a static layer was told its slots, counted before tokens were cut
-        unknown = static and not (
-            type(layer) in (StaticLayer, PrunedStaticLayer) and hasattr(layer, "cumulative_length")
-        )
+        unknown = static and not (type(layer) in known and hasattr(layer, "cumulative_length"))
         if unknown or not hasattr(layer, "get_mask_sizes"):
             raise UnsupportedInputError(
                 f"lp_patch prunes dynamic, static, quantised and offloaded caches; {type(cache).__name__} holds "
-                f"{type(layer).__name__}, which is static with a window, or static in a transformers before 5: pass a "
-                "DynamicCache, or remove the patch"
+                f"{type(layer).__name__}, which is static with a window and holds tokens, or in all layers, or static in "
+                "a transformers before 5: pass a DynamicCache, or remove the patch"
             )
+
+
+def unroll(cache: Cache) -> None:
+    """Give those layers of an empty static cache that keep a window a slot for each token: survivors lie in the slots of
+    their original positions, and masks say what is in the window.
+    """
+    windows = [i for i, layer in enumerate(cache.layers) if type(layer) is StaticSlidingWindowLayer]
+    if windows:
+        slots = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
+        for index in windows:
+            cache.layers[index] = StaticLayer(max_cache_len=slots)
 
 
 def is_static(cache: Any) -> bool:

@@ -5,6 +5,7 @@ Tried with transformers 4.57, 5.17, 5.23 and 5.24.
 
 import ast
 import inspect
+import re
 import sys
 import textwrap
 from dataclasses import fields, replace
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationMixin
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_masks_for_generate
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -166,20 +168,29 @@ def computes_with(module: Any, name: str) -> bool:
     return any(isinstance(x, ast.Name) and x.id == name and id(x) not in handed_on for x in ast.walk(tree))
 
 
+def names_back_ends(module: Any) -> bool:
+    """Whether a module's forward compares the name of its attention back-end with others."""
+    try:
+        source = inspect.getsource(inspect.unwrap(type(module).forward))
+    except (OSError, TypeError):
+        return True
+    return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source) is not None
+
+
 def window(layer: Any, attention: Any) -> int | None:
     """How many keys back this decoder layer's attention looks, or None for all of them.
 
     Some attentions say so themselves; others read the config, which may carry a number that nobody reads.
     """
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
     kind = kind_of(attention.config, getattr(attention, "layer_idx", 0), layer)
-    if kind == "sliding_attention":
-        return attention.config.sliding_window
     if kind == "chunked_attention":
         return attention.config.attention_chunk_size
-    if kind is not None:
+    if kind not in (None, "sliding_attention"):
         return None
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    if kind is not None:
+        return attention.config.sliding_window
     try:
         reads = "sliding_window" in inspect.getsource(sys.modules[type(attention).__module__])
     except (OSError, TypeError):
@@ -199,6 +210,11 @@ def shares_keys(attention: Any) -> bool:
     return bool(getattr(attention, "is_kv_shared_layer", False))
 
 
+def takes_over(attention: Any) -> bool:
+    """Whether an attention looks at the keys that an earlier layer's indexer has picked."""
+    return bool(getattr(attention, "skip_topk", False))
+
+
 def full_masks(config: Any, hidden: Tensor, flat: Tensor | None, past: int) -> Any:
     """The masks that transformers would hand to this model's layers over `past` keys and all new tokens.
 
@@ -210,7 +226,16 @@ def full_masks(config: Any, hidden: Tensor, flat: Tensor | None, past: int) -> A
         (B, 1, S, past + S) or None, for all layers, or in a dict by the kind of a layer.
     """
     cache: Any = _Stored(past) if past else None
-    return create_masks_for_generate(config, hidden, flat, cache)
+    if _LAYER_INDEX:
+        return create_masks_for_generate(config, hidden, flat, cache)
+    position = torch.arange(past, past + hidden.shape[1], device=hidden.device)
+    return create_masks_for_generate(config, hidden, flat, position, cache)
+
+
+def makes_masks(model: Any) -> bool:
+    """Whether a model says itself what its tokens see when generate() makes masks: blocks of an image's tokens."""
+    own = getattr(type(model), "create_masks_for_generate", None)
+    return own is not getattr(GenerationMixin, "create_masks_for_generate", None)
 
 
 def is_recurrent(layer: Any) -> bool:

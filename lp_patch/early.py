@@ -43,7 +43,14 @@ class EarlyStage(Reader):
             on.note(install_tap(module, partial(self.observe_vision, readings)))
 
     def observe_vision(
-        self, readings: tuple[Reading, ...], _: None, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self,
+        readings: tuple[Reading, ...],
+        _: None,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Any,
+        scaling: float,
     ) -> None:
         """A vision layer's query and key (B, H, 1 + N, D), [CLS] first: what the scorer reads there, (B, N) each."""
         encoding = self._call().encoding

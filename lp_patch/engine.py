@@ -31,7 +31,7 @@ from .install import Installation, LayerHooks
 from .outputs import finish
 from .planning import EngineState, Planner
 from .prefill import cut_deepstack, cut_input, weigh_queries
-from .read import ENCODED, Call
+from .read import ENCODED, Call, is_made
 from .refuse import all_real, check_call, check_mask, flat_mask
 from .registry import RECURRENT, Parts
 from .select import take
@@ -186,7 +186,9 @@ class Engine(Planner):
         if plan.nothing:
             return self._continue(call, args, kwargs)
         compact = settings.config.positions == "compact"
-        kinds, made = settings.kinds, mask is not given
+        kinds = settings.kinds
+        # masks that the merging module made, or generate() for a static cache
+        made = mask is not given or (self.parts.blocks and is_made(given))
         # a static cache is asked for it on its device: not in vain
         seen = kv.seen_tokens(cache) if (made or kinds.masked) and isinstance(cache, kv.Cache) else 0
         masked = made or kinds.reached(seen + length)
@@ -195,6 +197,8 @@ class Engine(Planner):
         )
         if kv.is_pruned(cache):
             kv.lead(cache)
+        if kv.is_static(cache):
+            kv.unroll(cache)
 
         forward = Forward(settings, length, flat, cache)
         forward.plan, forward.record = plan, record
@@ -267,11 +271,13 @@ class Engine(Planner):
         enter = _enter if torch.compiler.is_compiling() else type(state).enter
         return enter(state, self.parts.language_model.config, index, args, kwargs)
 
-    def observe_text(self, tapped: Tapped | None, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+    def observe_text(
+        self, tapped: Tapped | None, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
+    ) -> None:
         """Layer k's rotated query (B, H, N, D) and key, and value (B, KV, P + N, D): scores of its N tokens."""
         if tapped is not None:
             observe = _observe if torch.compiler.is_compiling() else type(tapped.forward).observe
-            observe(tapped.forward, query, key, value, scaling)
+            observe(tapped.forward, query, key, value, mask, scaling)
 
     @torch.compiler.disable
     def after_language_model(self, module: nn.Module, args: tuple, kwargs: Any, output: Any = None) -> None:

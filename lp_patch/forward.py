@@ -163,8 +163,8 @@ class Forward:
                     'model.set_attn_implementation("sdpa")'
                 )
             columns = self._columns(index, hidden).to(given.device)
-            # its last column is the last token, its first one need not be the first
-            first = self.seen + self.new - given.shape[3]
+            # its last column is the last token, its first one need not be the first; of a static cache, slots follow
+            first = 0 if kv.is_static(self.cache) else self.seen + self.new - given.shape[3]
             mask = take_mask(given, self.cuts[-1].where.to(given.device) if self.cuts else None, columns - first)
             self._shared[key] = Keys(self._valid(index), columns.shape[1], mask, columns)
             self._held.append(given)  # so that no other takes its id
@@ -201,13 +201,14 @@ class Forward:
                     kwargs[name] = self._of_later_cuts(cut, kwargs[name])
                 elif place < len(args):
                     args = (*args[:place], self._of_later_cuts(cut, args[place]), *args[place + 1 :])
-            rotary = self.rotary_of(cut, kwargs["position_embeddings"])
-            if rotary[0].device != hidden.device:
-                rotary = tuple(x.to(hidden.device) for x in rotary)
-            kwargs["position_embeddings"] = rotary
+            if kwargs.get("position_embeddings") is not None:  # some layers take none
+                rotary = self.rotary_of(cut, kwargs["position_embeddings"])
+                if rotary[0].device != hidden.device:
+                    rotary = tuple(x.to(hidden.device) for x in rotary)
+                kwargs["position_embeddings"] = rotary
             kwargs["position_ids"] = self.ids_of(cut)
         if index == self.settings.shape.layer - 1:
-            self.rotary = kwargs.get("position_embeddings", ())
+            self.rotary = kwargs.get("position_embeddings") or ()
             if self.weights is not None:
                 kwargs[KEY] = Tapped(self)
         return (hidden, *args[1:]), kwargs
@@ -247,15 +248,15 @@ class Forward:
             counts = [kept - survivors + (0 if wipe else stage2) for kept, survivors, stage2, wipe in rows]
             self.cuts.append(keep_cut(index, last, keep, counts))
 
-    def observe(self, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> None:
+    def observe(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float) -> None:
         """Layer k's rotated query (B, H, N, D) and key, and value (B, KV, P + N, D): scores of its N tokens."""
         if self.scores is not None:
             return  # gradient checkpointing runs the layer again
         weights, keys, cut = self.weights, self.keys[-1], self.cuts[-1]
         assert weights is not None and self.plan is not None
         key_mask = None if keys.valid is None else keys.valid.to(key.device)
-        if self.masked and isinstance(keys.mask, Tensor):  # what these queries see is no matter of order alone
-            rows = keys.mask[:, 0, -weights.shape[1] :].to(key.device)
+        if self.masked and isinstance(mask, Tensor):  # what these queries see is no matter of order alone
+            rows = mask[:, 0, -weights.shape[1] :, : keys.length].to(key.device)
             key_mask = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
         given = Stage2Input(
             query=query[:, :, query.shape[2] - weights.shape[1] :],

@@ -28,6 +28,7 @@ from .trace import Encoded
 
 CHOSEN = "lp_patch_chosen"  # attribute of a feature tensor: what stage 1 decided of its rows
 ENCODED = "lp_patch_encoded"  # of the first feature of a call: what its encoding ran on
+RAW = {"pixel_values": "image", "pixel_values_videos": "video"}
 _BIT = -torch.inf  # by which numbered features tell their number
 
 
@@ -90,7 +91,7 @@ class Call:
     """What one call shows before its language model runs; `started` says that it came through the merging module.
 
     Attributes:
-        shows: whether it brings pictures.
+        shows: whether it brings pictures; `brings`: the modalities that it brings raw.
         merged_outside: whether the caller has encoded pictures and gives embeddings that they may be merged into.
         ids: (B, S) token ids, or None; then `embeds` (B, S, D) are what the caller gave.
         features: (N, D) per visual input, by modality.
@@ -106,6 +107,7 @@ class Call:
 
     started: bool = False
     shows: bool = False
+    brings: frozenset[str] = frozenset()
     merged_outside: bool = False
     encoding: Encoding | None = None
     ids: Tensor | None = None
@@ -125,9 +127,12 @@ class Call:
 
         Some merging modules make masks by layer from the caller's (B, tokens).
         """
-        made = isinstance(handed, dict) or (isinstance(handed, Tensor) and handed.dim() == 4)
-        flat = self.given is None or (isinstance(self.given, Tensor) and self.given.dim() == 2)
-        return self.given if made and flat and self.started else handed
+        return self.given if is_made(handed) and not is_made(self.given) and self.started else handed
+
+
+def is_made(mask: Any) -> bool:
+    """Whether a mask says of each query what it sees, (B, heads, queries, keys), perhaps by the kind of a layer."""
+    return isinstance(mask, dict) or (isinstance(mask, Tensor) and mask.dim() == 4)
 
 
 class PerThread(threading.local):
@@ -175,8 +180,9 @@ class Reader(Asking):
                 "this model is patched, or in training: call lp_patch.remove(model), or remove() of its GatedModel"
             )
         self.install_asking(on, model)
-        for modality in self.parts.modalities:
-            on.wrap(base, modality.encode, partial(self.around_encode, modality.name))
+        for method in dict.fromkeys(m.encode for m in self.parts.modalities):
+            names = tuple(m.name for m in self.parts.modalities if m.encode == method)
+            on.wrap(base, method, partial(self.around_encode, names))
         if self.parts.adapter.merge is not None:
             on.wrap(base, self.parts.adapter.merge, self.around_merge)
         on.before(base, self.before_base)
@@ -216,11 +222,13 @@ class Reader(Asking):
         return call
 
     @torch.compiler.disable
-    def around_encode(self, modality: str, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
+    def around_encode(self, names: tuple[str, ...], wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         """Wraps the method that encodes images (or videos): only inside it does the projector prune."""
         if self.state.local.numbered is not None:
             return self.state.local.numbered
         call = self._call()
+        # a method of several modalities encodes those that the call brings, one after the other
+        modality = next((n for n in names if n in call.brings and n not in call.features), names[0])
         if call.encoding is not None:
             return wrapped(*args, **kwargs)  # a method for videos that calls the one for images
         if not call.started:
@@ -329,6 +337,7 @@ class Reader(Asking):
         call.given = kwargs.get("attention_mask")
         call.merged_outside = local.outside and call.embeds is not None and self.parts.adapter.merge is None
         call.shows = any(shows_images(name, kwargs[name]) for name in kwargs)
+        call.brings = frozenset(m for name, m in RAW.items() if kwargs.get(name) is not None)
         for modality, output in (kwargs.get("mm_encoder_outputs") or {}).items():
             if output is not None:
                 call.features[modality] = self._given(output.pooler_output)

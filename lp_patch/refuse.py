@@ -66,10 +66,10 @@ def check_call(
         raise UnsupportedInputError(
             f'positions="compact" has no meaning for {family}, whose masks count tokens: use positions="original"'
         )
-    if masked and kv.is_static(cache):
+    if masked and kv.is_static(cache) and kv.seen_tokens(cache):
         raise UnsupportedInputError(
-            f"layers of {family} look at a part of the tokens before them, which a static cache does not allow to prune: "
-            "leave cache_implementation out"
+            f"layers of {family} look at a part of the tokens before them, which allows no new pictures on a static cache "
+            "that holds tokens: use a dynamic one"
         )
     empty = np.array(plan.wiped) & (np.array(plan.text) == 0)
     if empty.any():

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from .compat import computes_with, kind_of, merging_module, shares_keys, window
+from .compat import computes_with, kind_of, makes_masks, merging_module, shares_keys, takes_over, window
 from .errors import ConfigError, UnsupportedModelError
 
 ENTRY_POINT_GROUP = "lp_patch.adapters"
@@ -113,11 +113,13 @@ class Kinds:
         names: FULL, MASKED or RECURRENT, by layer.
         windows: by layer, how many keys back it looks, or None where it does not count them.
         sources: by layer, the layer whose keys it attends to: itself, or an earlier one that it shares them with.
+        joined: by layer, whether it takes over which keys an earlier one picked: no cut may come between.
     """
 
     names: tuple[str, ...]
     windows: tuple[int | None, ...]
     sources: tuple[int, ...]
+    joined: tuple[bool, ...]
 
     @property
     def plain(self) -> bool:
@@ -150,7 +152,7 @@ class Kinds:
         """Layers, counted from 1, whose attention can rank tokens: those that see all of them, if there are any."""
         wanted = FULL if FULL in self.names else MASKED
         own = [i for i, name in enumerate(self.names) if name == wanted and self.sources[i] == i]
-        return [i + 1 for i in own if 1 <= i + 1 < len(self.names) and i + 1 <= self.last_cut]
+        return [i + 1 for i in own if i + 1 < len(self.names) and i + 1 <= self.last_cut and not self.joined[i + 1]]
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ class Parts:
     """The patch points of one live model, all found.
 
     `attention` is None in layers without; `true_positions`: the layers compute with position ids themselves, beside the
-    rotary embedding.
+    rotary embedding; `blocks`: the model says what an image's tokens see, in masks of its own.
     """
 
     adapter: Adapter
@@ -173,6 +175,7 @@ class Parts:
     width: int
     first_cut: int
     true_positions: bool
+    blocks: bool
     kinds: Kinds
 
 
@@ -254,7 +257,7 @@ def _load_adapters() -> None:
 
 
 def unwrap(model: object) -> Any:
-    """The transformers model inside PEFT, `torch.compile` and DDP wrappers, in any order."""
+    """The transformers model inside PEFT, `torch.compile` and DDP wrappers, in any order, and inside an Omni model."""
     inner: Any = model
     while isinstance(inner, nn.Module):
         if "_orig_mod" in inner._modules:
@@ -264,11 +267,22 @@ def unwrap(model: object) -> Any:
         elif hasattr(inner, "get_base_model") and hasattr(inner, "peft_config"):
             inner = cast(Any, inner).get_base_model()
         else:
-            return inner
+            return _part(inner)
     raise UnsupportedModelError(
         f"lp_patch.apply needs a vision-language model (an nn.Module), got {type(model).__name__}: {model!r:.200}"
         + _next_step(model)
     )
+
+
+def _part(model: nn.Module) -> Any:
+    """The one part of a model that has an adapter, where the whole has none: the thinker of a Qwen Omni."""
+    _load_adapters()
+
+    def known(module: Any) -> bool:
+        return getattr(getattr(module, "config", None), "model_type", None) in _adapters
+
+    parts = [] if known(model) else [child for child in model.children() if known(child)]
+    return parts[0] if len(parts) == 1 else model
 
 
 def _next_step(given: object) -> str:
@@ -351,6 +365,7 @@ def find_parts(model: object) -> Parts:
         width=text_config.hidden_size if adapter.width is None else adapter.width(inner.config),
         first_cut=1 if adapter.first_cut is None else adapter.first_cut(inner.config),
         true_positions=any(computes_with(x, "position_ids") for x in (*layers, *attention) if x is not None),
+        blocks=makes_masks(inner),
         kinds=kinds,
     )
 
@@ -360,6 +375,7 @@ def find_kinds(layers: tuple[nn.Module, ...], path: str, config: Any) -> Kinds:
     names: list[str] = []
     windows: list[int | None] = []
     sources: list[int] = []
+    joined: list[bool] = []
     told = [kind_of(config, index, layer) for index, layer in enumerate(layers)]
     for index, layer in enumerate(layers):
         attention: Any = layer
@@ -367,13 +383,18 @@ def find_kinds(layers: tuple[nn.Module, ...], path: str, config: Any) -> Kinds:
             attention = getattr(attention, name, None)
         # a layer without attention is one that the config calls something else; any other lacks a patch point
         called = told[index] or "attention"
-        recurrent = attention is None and ("attention" not in called or called == "linear_attention")
-        reach = None if attention is None else window(layer, attention)
+        recurrent = called == "linear_attention" or (attention is None and "attention" not in called)
+        if "hybrid" in called:
+            raise UnsupportedModelError(
+                f"decoder layer {index + 1} has a state beside its keys ({called}): such layers are not supported"
+            )
+        reach = None if attention is None or recurrent else window(layer, attention)
         full = reach is None and told[index] in (None, "full_attention")
         names.append(RECURRENT if recurrent else FULL if full or attention is None else MASKED)
         windows.append(reach)
         same = [i for i in range(index) if told[i] == told[index] and sources[i] == i]
+        joined.append(takes_over(attention))
         sources.append(same[-1] if shares_keys(attention) and same else index)
     if set(names) == {RECURRENT}:
         names = [FULL] * len(names)  # the path is wrong: the caller will say so
-    return Kinds(tuple(names), tuple(windows), tuple(sources))
+    return Kinds(tuple(names), tuple(windows), tuple(sources), tuple(joined))

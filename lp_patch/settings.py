@@ -97,6 +97,11 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
             f"later decoder layers of {parts.adapter.family} share the keys of layer {parts.kinds.last_cut + 1}: layer "
             f"and final_wipe_layer must be at most {parts.kinds.last_cut}, got {latest}"
         )
+    if shape.wipe_layer is not None and parts.kinds.joined[shape.wipe_layer]:
+        raise ConfigError(
+            f"decoder layer {shape.wipe_layer + 1} of {parts.adapter.family} takes over which keys an earlier layer picked: "
+            f"final_wipe_layer={shape.wipe_layer} would come between"
+        )
     return settings
 
 
@@ -107,8 +112,8 @@ def _layer(parts: Parts, config: PruningConfig, text_scorer: TextScorer) -> int:
         if config.stage_ratio > 1 and 1 <= config.layer < n_layers and able and config.layer not in able:
             near = sorted(able, key=lambda x: (abs(x - config.layer), x))[:4]  # type: ignore[operator]
             raise ConfigError(
-                f"decoder layer {config.layer} of {parts.adapter.family} cannot rank all visual tokens: it has a window "
-                f"or no attention at all. Use layer={' or '.join(map(str, sorted(near)))}, or stage_ratio=1 for stage 1 "
+                f"decoder layer {config.layer} of {parts.adapter.family} cannot rank all visual tokens, or no cut can follow "
+                f"it: it has a window, no attention at all, or shares keys with later ones. Use layer={' or '.join(map(str, sorted(near)))}, or stage_ratio=1 for stage 1 "
                 "alone"
             )
         return config.layer

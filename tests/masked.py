@@ -34,7 +34,7 @@ class Expected:
 @torch.no_grad()
 def stock_masks(model, layers, inputs):
     """What the untouched model lets each layer see, (B, 1, S, S) bool; None where that is all before it."""
-    found, before = [], model.config._attn_implementation
+    found, before = [], model.get_decoder().config._attn_implementation
     model.set_attn_implementation("eager")
     with ExitStack() as stack:
         for layer in layers:
@@ -47,31 +47,34 @@ def stock_masks(model, layers, inputs):
     return [None if x is None else x if x.dtype == torch.bool else x > torch.finfo(x.dtype).min / 2 for x in found]
 
 
-def masks(inputs, hidden, stock, dtype):
+def masks(inputs, hidden, stock, dtype, end=None):
     """The additive mask (B, 1, S, S) of each layer: what it sees, and what is hidden from that layer on.
 
-    `stock`: what each layer sees of the whole prompt; None: all before it, without padding.
+    `stock`: what each layer sees of the whole prompt; None: all before it, without padding. Tokens from `end` on came
+    later: those before it have not seen them, and they see no later ones, whatever the prompt sees of itself.
     """
     batch, length = inputs["input_ids"].shape
     real = torch.ones(batch, length, dtype=torch.bool)
     if inputs.get("attention_mask") is not None:
         real = inputs["attention_mask"].bool()
     causal, itself = torch.ones(length, length).tril().bool(), torch.eye(length).bool()
+    late = torch.zeros(length, dtype=torch.bool) if end is None else torch.arange(length) >= end
+    causal_late = ~late[:, None] & ~late | causal
     out = []
     for layer, own in enumerate(stock):
         seen = real
         for start, gone in hidden:
             if start <= layer:
                 seen = seen & ~gone
-        allowed = ((causal if own is None else own[:, 0]) & seen[:, None, :]) | itself
+        allowed = ((causal if own is None else own[:, 0] & causal_late) & seen[:, None, :]) | itself
         out.append(torch.zeros(batch, 1, length, length, dtype=dtype).masked_fill(~allowed[:, None], -torch.inf))
     return out
 
 
 @contextmanager
-def hiding(model, layers, inputs, hidden):
+def hiding(model, layers, inputs, hidden, end=None):
     """Within the block, the layers use our masks."""
-    own = masks(inputs, hidden, stock_masks(model, layers, inputs), model.dtype)
+    own = masks(inputs, hidden, stock_masks(model, layers, inputs), model.dtype, end)
 
     def replace(mask):
         return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask})
@@ -84,21 +87,21 @@ def hiding(model, layers, inputs, hidden):
 
 
 @torch.no_grad()
-def masked_logits(model, layers, inputs, hidden=()):
+def masked_logits(model, layers, inputs, hidden=(), end=None):
     """(B, S, vocab) of the untouched model."""
-    with hiding(model, layers, inputs, hidden):
+    with hiding(model, layers, inputs, hidden, end):
         return model(**inputs, use_cache=False).logits
 
 
 @torch.no_grad()
-def attention_map(model, layers, inputs, hidden, index, attention="self_attn"):
+def attention_map(model, layers, inputs, hidden, index, attention="self_attn", end=None):
     """(B, H, S, S) of decoder layer `index`, after the softmax. Runs eagerly, whatever the model runs with."""
     found = []
-    before = model.config._attn_implementation
+    before = model.get_decoder().config._attn_implementation  # some wholes do not follow their parts
     handle = layers[index].get_submodule(attention).register_forward_hook(lambda *call: found.append(call[-1][1]))
     try:
         model.set_attn_implementation("eager")
-        masked_logits(model, layers, inputs, hidden)
+        masked_logits(model, layers, inputs, hidden, end)
     finally:
         handle.remove()
         model.set_attn_implementation(before)
@@ -193,7 +196,7 @@ def expected(
     stay2, scores2 = [], []
     maps = None
     if stage_ratio > 1 and any(sum(r2 for _, r2 in b) < len(x) for b, x in zip(budgets, kept, strict=True)):
-        maps = run.attention_map(model, layers, inputs, [*earlier, (0, first)], k - 1, attention)
+        maps = run.attention_map(model, layers, inputs, [*earlier, (0, first)], k - 1, attention, end)
     for row, own in enumerate(visual):
         wanted = sum(r2 for _, r2 in budgets[row])
         stay, scores = kept[row], {}
@@ -211,7 +214,7 @@ def expected(
     gone = torch.stack([gone for _, gone in hidden]).any(dim=0)
     numbers = [{p: i for i, p in enumerate(sorted(p for x in own for p in x))} for own in visual]
     return Expected(
-        run.masked_logits(model, layers, inputs, hidden),
+        run.masked_logits(model, layers, inputs, hidden, end),
         [[n[p] for p in x] for n, x in zip(numbers, kept, strict=True)],
         [[n[p] for p in x] for n, x in zip(numbers, stay2, strict=True)],
         scores1,

@@ -11,7 +11,7 @@ import torch
 
 
 @torch.no_grad()
-def masked_logits(model, layers, inputs, hidden=()):
+def masked_logits(model, layers, inputs, hidden=(), end=None):
     """(B, S, vocab) of the tokens that are left in the end, zero elsewhere."""
     logits = None
     for row, positions, states, _ in _rows(model, layers, inputs, hidden):
@@ -23,7 +23,7 @@ def masked_logits(model, layers, inputs, hidden=()):
 
 
 @torch.no_grad()
-def attention_map(model, layers, inputs, hidden, index, attention="self_attn"):
+def attention_map(model, layers, inputs, hidden, index, attention="self_attn", end=None):
     """(B, H, S, S) of decoder layer `index`, after the softmax; zero at tokens that are gone."""
     maps = None
     length = inputs["input_ids"].shape[1]
@@ -44,7 +44,7 @@ def _rows(model, layers, inputs, hidden, index=None, attention="self_attn"):
     real = torch.ones(embeds.shape[:2], dtype=torch.bool)
     if inputs.get("attention_mask") is not None:
         real = inputs["attention_mask"].bool()
-    before = model.config._attn_implementation
+    before = decoder.config._attn_implementation
     for row in range(len(embeds)):
         there = real[row].nonzero().flatten()
         own = {"inputs_embeds": embeds[row, there][None], "use_cache": False}
@@ -93,8 +93,9 @@ def _shorten(keep, number, mask, length):
 
     def hook(module, args, kwargs):
         kwargs = dict(kwargs)
-        cos, sin = kwargs["position_embeddings"]
-        kwargs["position_embeddings"] = cos[:, here], sin[:, here]
+        if kwargs.get("position_embeddings") is not None:  # some layers take none
+            cos, sin = kwargs["position_embeddings"]
+            kwargs["position_embeddings"] = cos[:, here], sin[:, here]
         if mask is not None and mask.dim() == 4:
             kwargs["attention_mask"] = mask[:, :, here][..., here]
         return (args[0][:, left], *args[1:]), kwargs

@@ -129,7 +129,7 @@ class Gate(Reader):
         return torch.cat(decisions)  # type: ignore[arg-type]
 
     def attention(
-        self, gate: Tensor | None, query: Tensor, key: Tensor, value: Tensor, scaling: float
+        self, gate: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
     ) -> Tensor | None:
         """Every decoder layer's attention under the forward's gate (B, L); None: the layer's own."""
         if gate is None:

@@ -46,13 +46,16 @@ class Tiny:
         picture: (generator, *what a row says of it) -> Picture.
         rows: three prompts, of one visual input, of several, and of none: an int is so many text tokens, a tuple what
             `picture` is given.
-        typed: the argument that says of each token what it is (1 where an id is IMAGE, 2 where it is VIDEO), or None.
+        typed: the argument that says of each token what it is, or None.
+        types: what it says, by id, else 0; `said` of what is generated.
         positions: whether a caller may pass (B, S) position ids; False where the model counts several axes itself.
         collate: (rows of pictures) -> arguments, where these are not concatenated.
         patch: from the whole model, the one to patch and to run; the model itself by default.
         adjust: called with the finished model.
         oracle: keyword arguments for the oracle.
         layer: the options' `layer`.
+        projector: path below the merging module of what stage 1 prunes before, or None.
+        static: whether a static cache can be pruned, where stock runs on one.
         wipes: whether layers after that can lose all visual tokens.
     """
 
@@ -60,12 +63,16 @@ class Tiny:
     picture: Callable[..., Picture]
     rows: tuple = ((3, (), 5), (2, (), 1, (), 3), (6,))
     typed: str | None = None
+    types: dict = field(default_factory=lambda: {IMAGE: 1, VIDEO: 2})
+    said: int = 0
     positions: bool = True
     collate: Callable[[list[list[Picture]]], dict] | None = None
     patch: Callable[[Any], Any] = lambda model: model
     adjust: Callable[[Any], None] = lambda model: None
     oracle: dict = field(default_factory=dict)
     layer: int = 2
+    projector: str | None = None
+    static: bool = True
     wipes: bool = True
 
 
@@ -90,7 +97,7 @@ class Scene:
             inputs["input_ids"] = torch.cat([inputs["input_ids"], new], dim=1)
             inputs["attention_mask"] = pad(inputs["attention_mask"], (0, more), value=1)
             if self.tiny.typed:
-                inputs[self.tiny.typed] = pad(inputs[self.tiny.typed], (0, more))
+                inputs[self.tiny.typed] = pad(inputs[self.tiny.typed], (0, more), value=self.tiny.said)
         if self.tiny.positions:
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
         return inputs
@@ -101,8 +108,21 @@ class Scene:
         given = {"structural": self.structural, "end": self.inputs["input_ids"].shape[1], **self.tiny.oracle}
         if RECURRENT & set(getattr(decoder.config, "layer_types", None) or ()):
             given["run"] = shortened
+        if self.tiny.projector is not None:
+            given["features"] = self._projected(model)
         inputs = self.forward(new)
         return masked.expected(model, decoder.layers, decoder, inputs, self.visual, **{**given, **options})
+
+
+    def _projected(self, model):
+        """Rows -> visual inputs -> (n, C): what the projector is given of each."""
+        seen = []
+        module = model.base_model.get_submodule(self.tiny.projector)
+        handle = module.register_forward_pre_hook(lambda module, args: seen.extend(args[0]))
+        with torch.no_grad():
+            model(**self.forward())
+        handle.remove()
+        return [[seen.pop(0) for _ in row] for row in self.visual]
 
 
 def text(generator, count):
@@ -138,7 +158,7 @@ def scene(tiny, dtype=torch.float64, which=(0, 1, 2), side="left"):
         structural.append([shift + x for x in row["structural"]])
     inputs = {"input_ids": ids, "attention_mask": mask}
     if tiny.typed:
-        inputs[tiny.typed] = (ids == IMAGE).int() + 2 * (ids == VIDEO).int()
+        inputs[tiny.typed] = sum((ids == token).int() * kind for token, kind in tiny.types.items()) + 0 * ids.int()
     pictures = [row["pictures"] for row in rows]
     if tiny.collate is not None:
         found = tiny.collate(pictures) if any(pictures) else {}

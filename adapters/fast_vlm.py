@@ -1,0 +1,5 @@
+"""FastVLM: a convolutional tower (of timm), whose last map is the picture's tokens."""
+
+from lp_patch.registry import Adapter
+
+ADAPTER = Adapter(model_type="fast_vlm", family="FastVLM")
