@@ -3,7 +3,20 @@
 Images and videos have one placeholder, so a call may show one or the other.
 """
 
+from typing import Any
+
+from lp_patch.errors import UnsupportedModelError
 from lp_patch.registry import IMAGE, Adapter, Modality
+
+
+def _width(config: Any) -> int:
+    if config.video_pruning_rate > 0:
+        raise UnsupportedModelError(
+            f"video_pruning_rate={config.video_pruning_rate}: the model drops tokens of videos itself, which shortens the "
+            "prompt in a way that lp_patch cannot follow. Set it to 0 in the config"
+        )
+    return config.text_config.hidden_size
+
 
 ADAPTER = Adapter(
     model_type="nemotron_h_omni",
@@ -12,4 +25,6 @@ ADAPTER = Adapter(
     language_model="language_model.model",
     layers="language_model.model.layers",
     attention="mixer",
+    rotary=None,
+    width=_width,
 )

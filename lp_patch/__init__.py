@@ -11,6 +11,7 @@ if not (_here / "adapters").is_dir():
     __path__.append(str(_here.parent))
 
 from ._version import __version__
+from .check import Checks, check
 from .config import PruningConfig
 from .errors import ConfigError, LpPatchError, PrunerError, UnsupportedInputError, UnsupportedModelError
 from .patch import Patch, applied, apply, is_applied, remove
@@ -21,6 +22,7 @@ from .trace import Trace
 
 __all__ = [
     "Adapter",
+    "Checks",
     "ConfigError",
     "LearnablePruner",
     "LpPatchError",
@@ -34,6 +36,7 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "check",
     "is_applied",
     "register",
     "remove",

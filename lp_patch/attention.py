@@ -28,7 +28,7 @@ Observer = Callable[[Any, Tensor, Tensor, Tensor, Any, float], Tensor | None]
 
 
 class BackEndName(str):
-    """The tap's name, for a module that compares it with names of back-ends: equal to the one behind the tap as well."""
+    """The tap's name, for a module that compares it with names of back-ends: equal to the one behind it as well."""
 
     behind: str
 

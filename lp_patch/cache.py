@@ -67,8 +67,8 @@ class Stored:
 
     def rows(self, change: Callable[[Tensor], Tensor]) -> "Stored":
         """With other rows."""
-        given = {"valid": self.valid, "where": self.where, "shift": self.shift}
-        return replace(self, **{name: change(x) for name, x in given.items() if x is not None})
+        valid, where, shift = (None if x is None else change(x) for x in (self.valid, self.where, self.shift))
+        return replace(self, valid=valid, where=where, shift=shift)
 
 
 class PrunedLayer(wrapt.BaseObjectProxy):
@@ -321,9 +321,9 @@ def check_prunable(cache: object) -> None:
             f"lp_patch prunes what lies in a transformers Cache, got {type(cache).__name__}: pictures in continuous "
             "batching (generate_batch, transformers serve) need the patch removed"
         )
-    known = [StaticLayer, PrunedStaticLayer]
-    if any(type(layer) in known for layer in cache.layers) and seen_tokens(cache) == 0:
-        known.append(StaticSlidingWindowLayer)  # `unroll` can tell how long it would be
+    known: list[type] = [StaticLayer, PrunedStaticLayer]
+    if _slots(cache) and seen_tokens(cache) == 0:
+        known.append(StaticSlidingWindowLayer)
     for layer in cache.layers:
         if is_recurrent(layer):
             continue
@@ -333,20 +333,32 @@ def check_prunable(cache: object) -> None:
         if unknown or not hasattr(layer, "get_mask_sizes"):
             raise UnsupportedInputError(
                 f"lp_patch prunes dynamic, static, quantised and offloaded caches; {type(cache).__name__} holds "
-                f"{type(layer).__name__}, which is static with a window and holds tokens, or in all layers, or static in "
-                "a transformers before 5: pass a DynamicCache, or remove the patch"
+                f"{type(layer).__name__}, which is static with a window (and holds tokens, or all are so), or static in a "
+                "transformers before 5: pass a DynamicCache, or remove the patch"
             )
 
 
 def unroll(cache: Cache) -> None:
-    """Give those layers of an empty static cache that keep a window a slot for each token: survivors lie in the slots of
-    their original positions, and masks say what is in the window.
+    """Give those layers of an empty static cache that keep a window a slot for each token.
+
+    Survivors lie in the slots of their original positions, and masks say what is in the window.
     """
-    windows = [i for i, layer in enumerate(cache.layers) if type(layer) is StaticSlidingWindowLayer]
-    if windows:
-        slots = max(layer.max_cache_len for layer in cache.layers if isinstance(layer, StaticLayer))
-        for index in windows:
-            cache.layers[index] = StaticLayer(max_cache_len=slots)
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is StaticSlidingWindowLayer:
+            cache.layers[index] = StaticLayer(max_cache_len=_slots(cache))
+
+
+def _slots(cache: Cache) -> int:
+    """How many tokens a static cache is for, as far as its layers tell; 0 where all of them hold a window less long."""
+    return max(
+        (
+            layer.max_cache_len
+            for layer in cache.layers
+            if isinstance(layer, StaticLayer)
+            and (type(layer) is not StaticSlidingWindowLayer or getattr(layer, "_is_croppable", False))
+        ),
+        default=0,
+    )
 
 
 def is_static(cache: Any) -> bool:

@@ -139,8 +139,8 @@ def cache_out(output: Any) -> Any:
 
 
 def uncounted(kwargs: dict) -> dict:
-    """Without what counts tokens before they were cut: `cache_position`, which the model makes anew, and how many of the
-    last tokens layers without keys of their own run on.
+    """Without what counts tokens before they were cut: `cache_position`, which the model makes anew, and on how many of
+    the last tokens layers without keys of their own run.
     """
     counts = {"cache_position": None, "logits_to_keep": 0}
     return kwargs | {name: x for name, x in counts.items() if kwargs.get(name) is not None}
@@ -198,8 +198,12 @@ def window(layer: Any, attention: Any) -> int | None:
     return getattr(attention.config, "sliding_window", None) if reads else None
 
 
+# what transformers calls layers that have no keys
+KEYLESS = ("linear_attention", "mamba", "conv", "moe", "mlp")
+
+
 def kind_of(config: Any, index: int, layer: Any) -> str | None:
-    """What transformers calls decoder layer `index`: "full_attention", "sliding_attention", "conv", ...; None: nothing."""
+    """What transformers calls decoder layer `index`: "full_attention", "conv", ...; None: nothing."""
     own = getattr(layer, "attention_type", None) or getattr(layer, "layer_type", None)
     told = getattr(config, "layer_types", None)
     return own if isinstance(own, str) else told[index] if told and len(told) > index else None

@@ -140,7 +140,8 @@ def take_mask(mask: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
         mask = mask.gather(2, rows.clamp(min=0)[:, None, :, None].expand(-1, heads, -1, mask.shape[3]))
     index = columns.clamp(min=0)[:, None, None].expand(-1, heads, mask.shape[2], -1)
     padding = (columns < 0)[:, None, None]
-    return mask.gather(3, index).masked_fill(padding, False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min)
+    unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.gather(3, index).masked_fill(padding, unseen)
 
 
 def restore_index(cut: Cut, length: int) -> Tensor:

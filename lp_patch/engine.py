@@ -32,7 +32,7 @@ from .outputs import finish
 from .planning import EngineState, Planner
 from .prefill import cut_deepstack, cut_input, weigh_queries
 from .read import ENCODED, Call, is_made
-from .refuse import all_real, check_call, check_mask, flat_mask
+from .refuse import all_real, check_call, check_mask, flat_mask, refuse_counting
 from .registry import RECURRENT, Parts
 from .select import take
 from .settings import Settings
@@ -149,7 +149,17 @@ class Engine(Planner):
         tracked = kv.keeps_positions(cache)
         seen = kv.seen_tokens(cache) if tracked else 0
         masked = tracked and (mask is not kwargs.get("attention_mask") or self.settings.kinds.reached(seen + new))
-        if not masked and new == 1 and not kv.is_padded(cache) and causal_mask(config, like, None, 1) is None and all_real(mask):
+        # transformers makes a mask from as many tokens on as a window has
+        unseen = not masked and not (tracked and self.settings.kinds.reached(seen + new + 1))
+        if masked:
+            refuse_counting(self.parts)
+        if (
+            unseen
+            and new == 1
+            and not kv.is_padded(cache)
+            and causal_mask(config, like, None, 1) is None
+            and all_real(mask)
+        ):
             return args, {**kwargs, "attention_mask": None}  # nobody looks at a mask, so none is of the wrong length
         check_mask(mask, cache, new)
         forward = self._start(Forward(self.settings, new, flat_mask(mask, cache, new), cache))

@@ -16,7 +16,7 @@ from .compat import causal_mask
 from .cut import Cut, best_cut, keep_cut, take_mask, take_rows, upload
 from .errors import UnsupportedInputError
 from .plan import Plan
-from .registry import MASKED, RECURRENT, Kinds
+from .registry import RECURRENT, Kinds
 from .select import take
 from .settings import Settings
 from .strategies import Stage2Input

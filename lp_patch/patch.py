@@ -15,7 +15,7 @@ from .engine import Engine
 from .graphs import CompiledEngine
 from .install import Installation, forget_compiled, owner, unhook
 from .pruner import WEIGHTS_FILE, LearnablePruner, find_pruner, resolve_pruner
-from .registry import Parts, find_parts, unwrap
+from .registry import Adapter, Parts, adapter_for, find_parts, unwrap
 from .report import Report, make_report, part_costs
 from .settings import Settings, resolve
 from .strategies import may_use_pruner
@@ -123,6 +123,22 @@ class Patch:
         forget_compiled(self._parts.model)
 
 
+def declared(model: Any) -> Adapter:
+    """The adapter of an unwrapped model, or the default declaration where that was just proven to fit."""
+    adapter = adapter_for(model)
+    if adapter is None:
+        from .check import prove  # which patches a tiny twin of the model
+
+        adapter = prove(model)
+        warnings.warn(
+            f"nobody has declared the model type {adapter.model_type!r}: the default declaration holds on a tiny model "
+            "of the same config (lp_patch.check(model) shows how). What that cannot see: whether several runs of "
+            "visual tokens are one picture, and whether some of them are line breaks",
+            stacklevel=3,
+        )
+    return adapter
+
+
 def _find(model: object) -> Patch | None:
     """The patch on a model, found by its own hooks, so that copies of the model know theirs."""
     base = merging_module(unwrap(model))
@@ -175,7 +191,7 @@ def apply(
         if pruner is None and (folder / WEIGHTS_FILE).exists():
             pruner = folder
     settings = make_config(config, options)
-    parts = find_parts(model)
+    parts = find_parts(model, declared(unwrap(model)))
     if look_up and may_use_pruner(settings.scorer):
         module = find_pruner(parts.model.config, parts.width)
     else:

@@ -114,6 +114,12 @@ def find_inputs(
             if split is not None and pieces:
                 pieces = _split_pieces(prompt, row, pieces[0], split)
             found += [_visual_input(prompt, row, parts, budget) for parts in pieces]
+        left = [x.rows for x in remaining if x.rows]
+        if left:
+            raise UnsupportedInputError(
+                f"image features of {[x.rows for x in own]} tokens do not fill the rows' "
+                f"{mask.sum(axis=1).tolist()} placeholders one by one: {left} are left over"
+            )
     return found
 
 

@@ -56,26 +56,32 @@ def check_call(
             f"the layers of {type(parts.language_model).__name__} compute with position ids, and FlashAttention takes "
             'the gaps in those of the survivors for packed sequences: use model.set_attn_implementation("sdpa")'
         )
-    implementation = parts.language_model.config._attn_implementation or ""
-    if masked and ("flash" in implementation or "flex" in implementation):
-        raise UnsupportedInputError(
-            f"layers of {family} look at a part of the tokens before them (windows, or blocks of image tokens), which "
-            f'{implementation} counts after pruning: use model.set_attn_implementation("sdpa")'
-        )
+    if masked:
+        refuse_counting(parts)
     if masked and compact:
         raise UnsupportedInputError(
             f'positions="compact" has no meaning for {family}, whose masks count tokens: use positions="original"'
         )
     if masked and kv.is_static(cache) and kv.seen_tokens(cache):
         raise UnsupportedInputError(
-            f"layers of {family} look at a part of the tokens before them, which allows no new pictures on a static cache "
-            "that holds tokens: use a dynamic one"
+            f"layers of {family} look at a part of the tokens before them, which allows no new pictures on a static "
+            "cache that holds tokens: use a dynamic one"
         )
     empty = np.array(plan.wiped) & (np.array(plan.text) == 0)
     if empty.any():
         raise UnsupportedInputError(
             f"row {int(empty.argmax())} holds pictures alone: final_wipe_layer would leave nothing of it. Add text to "
             "the prompt, or leave final_wipe_layer out"
+        )
+
+
+def refuse_counting(parts: Parts) -> None:
+    """Refuse a back-end that counts itself what is in a window, among tokens of which some are gone."""
+    implementation = parts.language_model.config._attn_implementation or ""
+    if "flash" in implementation or "flex" in implementation:
+        raise UnsupportedInputError(
+            f"layers of {parts.adapter.family} look at a part of the tokens before them (windows, or blocks of image "
+            f'tokens), which {implementation} counts after pruning: use model.set_attn_implementation("sdpa")'
         )
 
 

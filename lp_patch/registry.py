@@ -11,15 +11,11 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from .compat import computes_with, kind_of, makes_masks, merging_module, shares_keys, takes_over, window
+from .compat import KEYLESS, computes_with, kind_of, makes_masks, merging_module, shares_keys, takes_over, window
 from .errors import ConfigError, UnsupportedModelError
+from .unfit import UNFIT
 
 ENTRY_POINT_GROUP = "lp_patch.adapters"
-UNFIT = {
-    "gemma3": "its image tokens attend to one another in both directions, and most of its layers only to a window",
-    "paligemma": "its prompt, image tokens included, attends in both directions",
-    "mllama": "it reads pictures through cross-attention, so its prompt holds no visual tokens",
-}  # known not to fit, and why
 
 
 class Modality(NamedTuple):
@@ -74,7 +70,7 @@ class Adapter:
         language_model: module that runs the decoder layers and returns `last_hidden_state`.
         layers: the decoder layers, in order.
         attention: path from a decoder layer to its attention module.
-        rotary: module called with `position_ids` once per forward.
+        rotary: module called with `position_ids` once per forward; None where the layers have no rotary embedding.
         per_token: further arguments of the language model, and of its layers, that hold a row for each token,
             (B, S, ...): they are cut with the sequence.
     """
@@ -96,7 +92,7 @@ class Adapter:
     language_model: str = "language_model"
     layers: str = "language_model.layers"
     attention: str = "self_attn"
-    rotary: str = "language_model.rotary_emb"
+    rotary: str | None = "language_model.rotary_emb"
     per_token: tuple[str, ...] = ()
 
 
@@ -171,7 +167,7 @@ class Parts:
     language_model: Any
     layers: tuple[nn.Module, ...]
     attention: tuple[Any, ...]
-    rotary: nn.Module
+    rotary: nn.Module | None
     width: int
     first_cut: int
     true_positions: bool
@@ -278,10 +274,11 @@ def _part(model: nn.Module) -> Any:
     """The one part of a model that has an adapter, where the whole has none: the thinker of a Qwen Omni."""
     _load_adapters()
 
-    def known(module: Any) -> bool:
-        return getattr(getattr(module, "config", None), "model_type", None) in _adapters
+    def model_type(module: Any) -> str | None:
+        return getattr(getattr(module, "config", None), "model_type", None)
 
-    parts = [] if known(model) else [child for child in model.children() if known(child)]
+    own = model_type(model)  # without one it is no model, but a wrapper that nobody knows
+    parts = [] if own is None or own in _adapters else [x for x in model.children() if model_type(x) in _adapters]
     return parts[0] if len(parts) == 1 else model
 
 
@@ -298,28 +295,44 @@ def _next_step(given: object) -> str:
     return ""
 
 
-def find_parts(model: object) -> Parts:
-    """Find every declared patch point of a model, or say which one is missing."""
-    inner = unwrap(model)
-    model_type = getattr(getattr(inner, "config", None), "model_type", None)
+def adapter_for(model: Any) -> Adapter | None:
+    """The adapter of an unwrapped model; None for a type that nobody declared.
+
+    Raises:
+        UnsupportedModelError: its adapter is broken, it is known not to fit, or it is no vision-language model.
+    """
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
     _load_adapters()
     if model_type in _broken:
         raise UnsupportedModelError(
             f"the adapter that an installed package has for the model type {model_type!r} is broken: "
             f"{_broken[model_type]}. Repair that package, or uninstall it"
         ) from _broken[model_type]
-    if model_type not in _adapters:
-        given = f"{type(inner).__name__} (model type {model_type!r})"
-        known = f"Supported model types: {', '.join(sorted(_adapters))}"
-        if model_type in UNFIT:
-            raise UnsupportedModelError(f"{given} cannot be pruned: {UNFIT[model_type]}. {known}")
-        if not hasattr(getattr(inner, "config", None), "vision_config"):
-            given += ", which has no vision_config: if it is a part of a vision-language model, give the whole model"
+    if model_type in _adapters:
+        return _adapters[model_type]
+    given = f"{type(model).__name__} (model type {model_type!r})"
+    if model_type in UNFIT:
         raise UnsupportedModelError(
-            f"no adapter for {given}. {known}. CONTRIBUTING.md shows how to add one in a short file; lp_patch.register "
-            "or an entry point makes it known"
+            f"{given} cannot be pruned: {UNFIT[model_type]}. lp_patch.supported() lists the model types that can"
         )
-    adapter = _adapters[model_type]
+    if not hasattr(getattr(model, "config", None), "vision_config"):
+        raise UnsupportedModelError(
+            f"no adapter for {given}, which has no vision_config: if it is a part of a vision-language model, give the "
+            "whole model. lp_patch.supported() lists the model types that can be patched; CONTRIBUTING.md shows how to "
+            "add one in a short file"
+        )
+    return None
+
+
+def find_parts(model: object, adapter: Adapter | None = None) -> Parts:
+    """Find every declared patch point of a model, or say which one is missing.
+
+    Args:
+        adapter: for a model of a type that nobody declared.
+    """
+    inner = unwrap(model)
+    adapter = adapter or adapter_for(inner)
+    assert adapter is not None  # `patch.apply` asks first
     base = merging_module(inner) if adapter.merge is None else inner
 
     def point(root: Any, path: str) -> Any:
@@ -361,7 +374,7 @@ def find_parts(model: object) -> Parts:
         language_model=language_model,
         layers=layers,
         attention=attention,
-        rotary=point(base, adapter.rotary),
+        rotary=None if adapter.rotary is None else point(base, adapter.rotary),
         width=text_config.hidden_size if adapter.width is None else adapter.width(inner.config),
         first_cut=1 if adapter.first_cut is None else adapter.first_cut(inner.config),
         true_positions=any(computes_with(x, "position_ids") for x in (*layers, *attention) if x is not None),
@@ -383,7 +396,7 @@ def find_kinds(layers: tuple[nn.Module, ...], path: str, config: Any) -> Kinds:
             attention = getattr(attention, name, None)
         # a layer without attention is one that the config calls something else; any other lacks a patch point
         called = told[index] or "attention"
-        recurrent = called == "linear_attention" or (attention is None and "attention" not in called)
+        recurrent = called in KEYLESS or (attention is None and "attention" not in called)
         if "hybrid" in called:
             raise UnsupportedModelError(
                 f"decoder layer {index + 1} has a state beside its keys ({called}): such layers are not supported"

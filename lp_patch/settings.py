@@ -78,8 +78,8 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
             check_rotary(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
     if config.positions == "compact" and parts.kinds.masked:
         raise ConfigError(
-            f'positions="compact" has no meaning for {parts.adapter.family}, whose layers count how far back they look: '
-            'use positions="original"'
+            f'positions="compact" has no meaning for {parts.adapter.family}, whose layers count how far back they '
+            'look: use positions="original"'
         )
     if config.positions == "compact" and hasattr(parts.rotary, "mrope_section"):
         raise ConfigError(
@@ -99,8 +99,8 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
         )
     if shape.wipe_layer is not None and parts.kinds.joined[shape.wipe_layer]:
         raise ConfigError(
-            f"decoder layer {shape.wipe_layer + 1} of {parts.adapter.family} takes over which keys an earlier layer picked: "
-            f"final_wipe_layer={shape.wipe_layer} would come between"
+            f"decoder layer {shape.wipe_layer + 1} of {parts.adapter.family} takes over which keys an earlier layer "
+            f"picked: final_wipe_layer={shape.wipe_layer} would come between"
         )
     return settings
 
@@ -110,11 +110,11 @@ def _layer(parts: Parts, config: PruningConfig, text_scorer: TextScorer) -> int:
     n_layers, able = len(parts.layers), parts.kinds.scoring()
     if config.layer is not None:
         if config.stage_ratio > 1 and 1 <= config.layer < n_layers and able and config.layer not in able:
-            near = sorted(able, key=lambda x: (abs(x - config.layer), x))[:4]  # type: ignore[operator]
+            near = sorted(sorted(able, key=lambda x: (abs(x - config.layer), x))[:4])  # type: ignore[operator]
             raise ConfigError(
-                f"decoder layer {config.layer} of {parts.adapter.family} cannot rank all visual tokens, or no cut can follow "
-                f"it: it has a window, no attention at all, or shares keys with later ones. Use layer={' or '.join(map(str, sorted(near)))}, or stage_ratio=1 for stage 1 "
-                "alone"
+                f"decoder layer {config.layer} of {parts.adapter.family} cannot rank all visual tokens, or no cut can "
+                "follow it: it has a window, no attention at all, or shares keys with later ones. Use "
+                f"layer={' or '.join(map(str, near))}, or stage_ratio=1 for stage 1 alone"
             )
         return config.layer
     wanted = text_scorer.layer or default_layer(n_layers)

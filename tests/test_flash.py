@@ -9,6 +9,7 @@ import torch
 import transformers.modeling_flash_attention_utils as fa
 from families import make
 from tiny import V5
+from test_layers import windowed
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward
@@ -168,3 +169,28 @@ def test_bounds_of_packed_sequences(family, loaded):
             for name, value in bounds.items():
                 with pytest.raises(UnsupportedInputError, match=f"several sequences packed into one row.*got {name}"):
                     model(**inputs, **{name: value})
+
+
+@pytest.mark.parametrize("which", [(0,), (0, 1, 2)], ids=["alone", "padded"])
+def test_windows(which, loaded):
+    """One that nothing reaches is none. Beyond it, FlashAttention would count tokens of which some are gone."""
+    _, scene = windowed(8, which)
+    length, said = scene.inputs["input_ids"].shape[1], "which flash_attention_2 counts after pruning: use model.set_att"
+    for window in (length + NEW, length, length - 1):
+        model, scene = windowed(window, which)
+        want = scene.want(model, **OPTIONS)
+        flash(model)
+        with applied(model, **OPTIONS):
+            if window < length:
+                with pytest.raises(UnsupportedInputError, match=said):
+                    forward(model, scene)
+                break
+            logits = forward(model, scene)
+            torch.testing.assert_close(logits[want.left], want.logits[want.left], **CLOSE)
+            if window == length:
+                with pytest.raises(UnsupportedInputError, match=said):
+                    generate(model, scene)
+                continue
+            new, steps = generate(model, scene)
+        model.set_attn_implementation("sdpa")
+        torch.testing.assert_close(steps, scene.want(model, new, **OPTIONS).logits[:, -NEW - 1 : -1], **CLOSE)

@@ -152,16 +152,29 @@ def test_a_stray_sliding_window_that_no_layer_reads(family):
         logits = forward(model, scene, use_cache=False)
         torch.testing.assert_close(logits[want.left], want.logits[want.left], **CLOSE)
         if family != "llava":  # transformers makes them a cache that has such a window, which no mask knows of
-            with pytest.raises(lp_patch.UnsupportedInputError, match="DynamicSlidingWindowLayer, which is windowed"):
+            with pytest.raises(lp_patch.UnsupportedInputError, match="DynamicSlidingWindowLayer, .* no window"):
                 forward(model, scene)
     with lp_patch.applied(model, ratio=1.0):
         forward(model, scene)
 
 
-def test_a_sliding_window_that_layers_read_is_refused():
-    model, _ = make("mistral3", sliding_window=8)
-    with pytest.raises(lp_patch.UnsupportedModelError, match="sliding-window attention in 6 of 6"):
-        lp_patch.apply(model, **OPTIONS)
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [
+        ("mistral3", {}),
+        *[(x, {"use_sliding_window": True, "max_window_layers": 2}) for x in ("qwen2_vl", "qwen2_5_vl", "internvl")],
+    ],
+)
+def test_a_sliding_window_that_layers_read(family, window):
+    """It counts tokens that were removed, as the oracle does, which hides them."""
+    model, scene = make(family, seed=94, sliding_window=8, **window)
+    want = scene.want(model, **OPTIONS)
+    plain, stray = make(family, seed=94, **window | ({"use_sliding_window": False} if window else {}))
+    assert not torch.allclose(want.logits, stray.want(plain, **OPTIONS).logits, atol=0.1)
+    with lp_patch.applied(model, **OPTIONS):
+        for cached in (False, True):
+            logits = forward(model, scene, use_cache=cached)
+            torch.testing.assert_close(logits[want.left], want.logits[want.left], **CLOSE)
 
 
 # ---------------------------------------------------------------------- values that features can have

@@ -177,7 +177,3 @@ def test_what_does_not_fit_is_refused_at_apply():
     with pytest.raises(lp_patch.PrunerError):
         lp_patch.apply(model, pruner=lp_patch.LearnablePruner(HIDDEN + 1, 8))
     assert not lp_patch.is_applied(model)
-    windows = {"sliding_window": 8, "max_window_layers": 2}
-    assert lp_patch.apply(tiny_internvl(use_sliding_window=False, **windows)).active
-    with pytest.raises(lp_patch.UnsupportedModelError, match="sliding-window"):
-        lp_patch.apply(tiny_internvl(use_sliding_window=True, **windows))

@@ -17,16 +17,12 @@ from tiny_internvl import SIDE, tiny_internvl
 from tiny_qwen import KINDS, PATCH, tiny_qwen
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
-    Gemma3Config,
-    Gemma3Model,
     GotOcr2ImageProcessorPil,
     Idefics3ImageProcessorPil,
     Idefics3Processor,
     InternVLProcessor,
     MllamaConfig,
     MllamaForConditionalGeneration,
-    PaliGemmaConfig,
-    PaliGemmaModel,
     PreTrainedTokenizerFast,
     Qwen2_5_VLProcessor,
     Qwen2VLImageProcessorPil,
@@ -355,17 +351,7 @@ def tiny_mllama():
     return MllamaForConditionalGeneration(MllamaConfig(vision_config=vision, text_config=text))
 
 
-REFUSED = {
-    "gemma3": (
-        lambda: Gemma3Model(Gemma3Config(text_config=TEXT, vision_config=VISION, mm_tokens_per_image=4)),
-        "its image tokens attend to one another in both directions, and most of its layers only to a window",
-    ),
-    "paligemma": (
-        lambda: PaliGemmaModel(PaliGemmaConfig(text_config={"model_type": "gemma", **TEXT}, vision_config=VISION)),
-        "its prompt, image tokens included, attends in both directions",
-    ),
-    "mllama": (tiny_mllama, "it reads pictures through cross-attention, so its prompt holds no visual tokens"),
-}
+REFUSED = {"mllama": (tiny_mllama, "it reads pictures through cross-attention, so its prompt holds no visual tokens")}
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -384,9 +384,10 @@ def test_router_logits_are_refused():
         assert len(model(**inputs, output_router_logits=True).router_logits) == LAYERS
 
 
-@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl"])
-def test_sliding_windows_only_where_they_are_used(kind):
+@pytest.mark.parametrize(("kind", "build"), [*[(x, partial(tiny_qwen, x)) for x in KINDS[:2]], ("internvl", tiny_internvl)])
+def test_sliding_windows_only_where_they_are_used(kind, build):
     windows = {"sliding_window": 8, "max_window_layers": 2}
-    assert lp_patch.apply(tiny_qwen(kind, use_sliding_window=False, **windows)).active
-    with pytest.raises(lp_patch.UnsupportedModelError, match="sliding-window"):
-        lp_patch.apply(tiny_qwen(kind, use_sliding_window=True, **windows))
+    assert find_parts(build(use_sliding_window=False, **windows)).kinds.plain
+    kinds = find_parts(build(use_sliding_window=True, **windows)).kinds
+    assert kinds.windows == (None, None, 8, 8, 8, 8)
+    assert (kinds.scoring(), kinds.reached(8), kinds.reached(9)) == ([1, 2], False, True)

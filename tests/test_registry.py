@@ -28,6 +28,8 @@ import lp_patch
 from lp_patch import Adapter, ConfigError, UnsupportedModelError, registry
 from lp_patch.registry import find_parts, unwrap
 
+ADAPTERS = Path(registry.__file__).parent.parent / "adapters"
+
 
 @pytest.fixture
 def adapters(monkeypatch):
@@ -63,6 +65,15 @@ class Point:
 
 
 @pytest.fixture(scope="module")
+def built_in():
+    """What a registry that has read nothing finds where no other package is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, empty in (("_adapters", {}), ("_broken", {}), ("_loaded", False), ("entry_points", lambda group: [])):
+            patch.setattr(registry, name, empty)
+        return set(lp_patch.supported())
+
+
+@pytest.fixture(scope="module")
 def shared():
     return tiny_llava(dtype=torch.float32)
 
@@ -70,6 +81,13 @@ def shared():
 @pytest.fixture
 def model(shared):
     return copy.deepcopy(shared)
+
+
+def test_built_in(built_in):
+    """Every file of `adapters/` is found by itself."""
+    declared = re.findall(r'model_type="(\w+)"', "".join(x.read_text() for x in ADAPTERS.glob("*.py")))
+    assert set(declared) <= built_in
+    assert {"llava", "llava_llama", "qwen3_vl", "gemma3", "paligemma"} <= built_in
 
 
 def test_supported():
@@ -193,18 +211,28 @@ def tiny_text(config, **options):
     return LlavaModel(LlavaConfig(vision_config=vision, text_config=config(vocab_size=60, **sizes, **options)))
 
 
-def test_sliding_windows_are_refused_where_a_layer_has_one():
-    with pytest.raises(UnsupportedModelError, match=r"\(mistral\) uses sliding-window attention in 2 of 2"):
-        find_parts(tiny_text(MistralConfig, sliding_window=8, num_key_value_heads=2))
-    assert find_parts(tiny_text(MistralConfig, sliding_window=None, num_key_value_heads=2))
-    windows = {"use_sliding_window": True, "sliding_window": 8, "num_key_value_heads": 2}
-    with pytest.raises(UnsupportedModelError, match=r"in 1 of 2 decoder layers, the first of them layer 2"):
-        find_parts(tiny_text(Qwen2Config, layer_types=["full_attention", "sliding_attention"], **windows))
-    assert find_parts(tiny_text(Qwen2Config, layer_types=["full_attention"] * 2, **windows))
+def test_kinds_of_layers():
+    """Read from the layers and the config; a window is one where the layers have it."""
+    kv = {"num_key_value_heads": 2}
+    kinds = find_parts(tiny_text(MistralConfig, sliding_window=8, **kv)).kinds
+    assert (kinds.names, kinds.windows) == ((registry.MASKED,) * 2, (8, 8))
+    assert find_parts(tiny_text(MistralConfig, sliding_window=None, **kv)).kinds.plain
+    windows = {"use_sliding_window": True, "sliding_window": 8, **kv}
+    kinds = find_parts(tiny_text(Qwen2Config, layer_types=["full_attention", "sliding_attention"], **windows)).kinds
+    assert (kinds.names, kinds.windows) == ((registry.FULL, registry.MASKED), (None, 8))
+    assert (kinds.scoring(), kinds.reached(8), kinds.reached(9)) == ([1], False, True)
+    assert find_parts(tiny_text(Qwen2Config, layer_types=["full_attention"] * 2, **windows)).kinds.plain
     # Llama's layers have no window, whatever the config carries
     stray = tiny_text(LlamaConfig)
     stray.config.text_config.sliding_window = stray.language_model.config.sliding_window = 8
-    assert find_parts(stray)
+    assert find_parts(stray).kinds.plain
+
+
+def test_layers_with_a_state_beside_their_keys_are_refused(model):
+    model.model.language_model.config.layer_types = ["full_attention"] * (LAYERS - 1) + ["hybrid"]
+    with pytest.raises(UnsupportedModelError, match=rf"decoder layer {LAYERS} has a state beside its keys \(hybrid\)"):
+        lp_patch.apply(model)
+    assert not lp_patch.is_applied(model)
 
 
 class DistributedDataParallel(nn.Module):
@@ -248,6 +276,31 @@ def test_unwrap(model):
             if outer is not compiled or inner is not compiled:  # of the two, torch makes a function
                 assert unwrap(outer(inner(model))) is model
     assert find_parts(DistributedDataParallel(compiled(Peft(model)))).base is model.model
+
+
+class Whole(nn.Module):
+    """A model that has others within, beside parts without an adapter: of a Qwen Omni's shape."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        self.config = BertConfig()
+        self.talker = nn.Linear(2, 2)
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+
+def test_unwrap_goes_into_the_one_part_that_has_an_adapter(model):
+    whole = Whole(thinker=model)
+    assert unwrap(whole) is model
+    assert unwrap(DistributedDataParallel(whole)) is model
+    with lp_patch.applied(whole, tokens=5):
+        assert lp_patch.is_applied(model) and lp_patch.is_applied(whole)
+    assert not lp_patch.is_applied(model)
+    two = Whole(thinker=model, another=copy.deepcopy(model))
+    assert unwrap(two) is two  # which of them is not for us to say
+    with pytest.raises(UnsupportedModelError, match=r"no adapter for Whole \(model type 'bert'\)"):
+        lp_patch.apply(two)
+    assert unwrap(model) is model  # nor is a whole that has an adapter left for its parts
 
 
 def test_unwrap_stops_at_what_it_does_not_know(model):
@@ -299,9 +352,9 @@ def test_register_before_anything_was_read_still_sees_the_built_in(fresh):
         lp_patch.register(mine("llava"))
 
 
-def test_entry_points_of_installed_packages(fresh):
+def test_entry_points_of_installed_packages(fresh, built_in):
     fresh += [Point(mine()), Point(mine("another"))]
-    assert list(lp_patch.supported()) == sorted({*registry.BUILT_IN, "another", "mine"})
+    assert list(lp_patch.supported()) == sorted({*built_in, "another", "mine"})
     assert lp_patch.supported()["mine"] == "Mine"
 
 
@@ -314,7 +367,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("found", "claimed", "match"), BROKEN, ids=[str(x[0])[:12] for x in BROKEN])
-def test_a_broken_entry_point_costs_its_own_type_alone(fresh, model, found, claimed, match):
+def test_a_broken_entry_point_costs_its_own_type_alone(fresh, built_in, model, found, claimed, match):
     fresh += [Point(found), Point(mine("another"), "another")]
     said = rf"entry point 'mine' \(my_vlm:ADAPTER\) .* is broken, so models of type '{claimed}' cannot be .*: {match}"
     with pytest.warns(UserWarning, match=said) as caught:
@@ -323,7 +376,7 @@ def test_a_broken_entry_point_costs_its_own_type_alone(fresh, model, found, clai
         with lp_patch.applied(model, tokens=5):
             pass
     assert len(caught) == 1
-    assert set(supported) == {*registry.BUILT_IN, "another"}
+    assert set(supported) == {*built_in, "another"}
     model.config.model_type = claimed
     with pytest.raises(UnsupportedModelError, match=f"package has for the model type '{claimed}' is broken: ") as error:
         lp_patch.apply(model)

@@ -23,8 +23,9 @@ def loop(query, key, weight, scaling, mask=None, causal=True):
     for h in range(heads):
         shared = k[h * kv_heads // heads]
         for i in range(n_queries):
+            own = mask[i] if mask is not None and isinstance(mask[0], list) else mask
             seen = [
-                j for j in range(n_keys) if (not causal or j <= n_keys - n_queries + i) and (mask is None or mask[j])
+                j for j in range(n_keys) if (not causal or j <= n_keys - n_queries + i) and (own is None or own[j])
             ]
             if not seen:
                 continue
@@ -97,6 +98,17 @@ def test_queries_that_see_nothing_give_nothing():
     mask = torch.tensor([[False, False, True, True], [False, False, False, False]])
     got = check(query, key, weight, mask=mask)  # the first two queries of row 0 have weight, and see nothing
     torch.testing.assert_close(got.sum(dim=1), torch.stack([weight[0, 2:].sum(), torch.tensor(0.0)]))
+
+
+@pytest.mark.parametrize("elements", [1, 50, 1 << 24])
+@pytest.mark.parametrize("causal", [True, False])
+def test_each_query_has_a_mask_of_its_own(monkeypatch, causal, elements):
+    """Windows and blocks: (B, Q, K), also where queries come in several blocks; one sees nothing."""
+    monkeypatch.setattr(score, "_CHUNK_ELEMENTS", elements)
+    query, key, weight = draw(2, 4, 2, 5, 8, seed=6)
+    mask = torch.rand(2, 5, 8, generator=torch.Generator().manual_seed(6)) > 0.4
+    mask[1, 2] = False
+    check(query, key, weight, mask=mask, causal=causal)
 
 
 def test_weights_choose_the_queries():

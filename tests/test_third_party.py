@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md's page, followed to the letter with a family that is not built in."""
+"""CONTRIBUTING.md's page, followed to the letter with a model type that is not built in."""
 
 import os
 import re
@@ -39,7 +39,11 @@ def adapters(monkeypatch):
     return registry._adapters
 
 
-def tiny_vip_llava(seed=0):
+class MyVlmConfig(VipLlavaConfig):
+    model_type = "my_vlm"
+
+
+def tiny_vlm(seed=0):
     torch.manual_seed(seed)
     vision = CLIPVisionConfig(
         hidden_size=WIDTH, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4, image_size=14 * SIDE,
@@ -49,7 +53,7 @@ def tiny_vip_llava(seed=0):
         vocab_size=VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=LAYERS, num_attention_heads=4,
         num_key_value_heads=2, pad_token_id=PAD, bos_token_id=EOS, eos_token_id=EOS,
     )  # fmt: skip
-    config = VipLlavaConfig(
+    config = MyVlmConfig(
         vision_config=vision, text_config=text, image_token_index=IMAGE, vision_feature_layers=[-2, -3, 1]
     )
     model = VipLlavaForConditionalGeneration(config).double().eval()
@@ -90,7 +94,7 @@ def test_installed_package_is_found(tmp_path):
     package.mkdir()
     (package / "my_vlm.py").write_text(SHORT)
     (package / "pyproject.toml").write_text(PYPROJECT)
-    assert "vipllava" not in lp_patch.supported()
+    assert "my_vlm" not in lp_patch.supported()
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-index"]
     options = ["--no-deps", "--no-build-isolation", "--target", str(target), str(package)]
     clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -100,20 +104,20 @@ def test_installed_package_is_found(tmp_path):
     # a fresh process, with the transformers and the lp_patch of this one
     roots = [Path(module.__file__).parent.parent for module in (lp_patch, transformers)]
     paths = os.pathsep.join(map(str, [target, HERE, *roots]))
-    code = "import torch, test_third_party as t; torch.set_num_threads(1); t.prove(t.tiny_vip_llava()); "
-    code += "print(t.lp_patch.supported()['vipllava'])"
+    code = "import torch, test_third_party as t; torch.set_num_threads(1); t.prove(t.tiny_vlm()); "
+    code += "print(t.lp_patch.supported()['my_vlm'])"
     command, env = [sys.executable, "-c", code], {**clean, "PYTHONPATH": paths}
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "ViP-LLaVA\n"
+    assert done.stdout == "My VLM\n"
 
 
 def test_registered(adapters):
-    model = tiny_vip_llava(seed=1)
-    with pytest.raises(lp_patch.UnsupportedModelError, match=r"\(model type 'vipllava'\)[^$]*CONTRIBUTING\.md"):
+    model = tiny_vlm(seed=1)
+    with pytest.raises(lp_patch.UnsupportedModelError, match=r"\(model type 'my_vlm'\)[^$]*CONTRIBUTING\.md"):
         lp_patch.apply(model)
     lp_patch.register(declared(SHORT))
-    assert lp_patch.supported()["vipllava"] == "ViP-LLaVA"
+    assert lp_patch.supported()["my_vlm"] == "My VLM"
     with pytest.raises(lp_patch.ConfigError, match="already has an adapter"):
         lp_patch.register(declared(PROJECTED))
     prove(model)
@@ -123,7 +127,7 @@ def test_registered(adapters):
 def test_projector(adapters):
     """Stage 1 on what the projector would have read: the layers of three features side by side."""
     lp_patch.register(declared(PROJECTED))
-    model = tiny_vip_llava(seed=2)
+    model = tiny_vlm(seed=2)
     decoder = model.model.language_model
     inputs, visual = scene()
     seen, projected = [], []
@@ -150,7 +154,7 @@ def test_projector(adapters):
 @pytest.mark.parametrize("source", [SHORT, PROJECTED], ids=["short", "projector"])
 def test_generation_full_budget_and_removal(adapters, source):
     lp_patch.register(declared(source))
-    model = tiny_vip_llava(seed=3)
+    model = tiny_vlm(seed=3)
     decoder = model.model.language_model
     inputs, visual = scene()
     plain = model(**inputs).logits

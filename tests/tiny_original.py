@@ -79,7 +79,7 @@ class Grown:
     def __init__(self, model, rows, pictures, side, new=()):
         """Rows of ids as the package takes them; `pictures`: rows -> (n, 3, H, W); `new`: said after each row."""
         self.model, self.config, self.dtype = model, model.config, model.dtype
-        self.set_attn_implementation = model.set_attn_implementation
+        self.set_attn_implementation, self.get_decoder = model.set_attn_implementation, model.get_decoder
         grown = [[y for x in row for y in ([IMAGE] * N if x == IMAGE else [x])] for row in rows]
         self.width = max(map(len, grown))
         ids, mask = padded(grown, side)

@@ -53,4 +53,4 @@ def adjust(model):
 
 
 ROWS = ((3, (3, 4), 5), (2, (4, 3), 1, (2, 5), 3), (6,))
-TYPES = {"mistral_large4": Tiny(config, picture, ROWS, collate=collate, adjust=adjust)}
+TYPES = {"mistral_large4": Tiny(config, picture, ROWS, collate=collate, adjust=adjust, static=False)}
