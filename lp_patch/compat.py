@@ -169,11 +169,16 @@ def computes_with(module: Any, name: str) -> bool:
 
 
 def names_back_ends(module: Any) -> bool:
-    """Whether a module's forward compares the name of its attention back-end with others."""
+    """Whether a module's forward compares the name of its attention back-end with others.
+
+    Before transformers 5 all do so, to choose the back-end: those must not take the tap for "eager".
+    """
     try:
         source = inspect.getsource(inspect.unwrap(type(module).forward))
     except (OSError, TypeError):
         return True
+    if re.search(r"_attn_implementation != .eager", source):
+        return False
     return re.search(r"_attn_implementation\s*(==|!=|in\b|not in\b)", source) is not None
 
 

@@ -11,7 +11,7 @@ from .compat import PACKED_KEYWORDS, cache_in
 from .errors import UnsupportedInputError
 from .plan import Plan
 from .prompt import Prompt
-from .registry import Parts
+from .registry import FULL, Parts
 
 
 def check_call(
@@ -40,6 +40,12 @@ def check_call(
             "with an attention mask"
         )
     kv.check_prunable(cache)
+    for kind, layer in zip(parts.kinds.names, getattr(cache, "layers", ()), strict=False):
+        if kind == FULL and getattr(layer, "is_sliding", False):
+            raise UnsupportedInputError(
+                f"this cache has a {type(layer).__name__}, which forgets tokens, for a layer that has no window: the "
+                "config carries a sliding_window that no layer reads. Set it to None, or pass a DynamicCache()"
+            )
     ids = kwargs.get("position_ids")
     if compact and ids is not None and ids.dim() > 2:
         raise UnsupportedInputError(

@@ -100,7 +100,8 @@ def make_twin(model: Any, adapter: Adapter, seed: int = 0) -> Any:
 
 def _fill(module: nn.Module, random: bool) -> None:
     """Give a module's own weights that lie nowhere a place: random numbers, or zeros that take no memory."""
-    for own in (module._parameters, module._buffers):
+    given: list[Any] = [module._parameters, module._buffers]
+    for own in given:
         for name, x in own.items():
             if x is not None and x.device.type == "meta":
                 dtype = torch.float64 if x.is_floating_point() else x.dtype

@@ -33,6 +33,11 @@ def mostly_long(*normal):
     return pytest.mark.parametrize("family", [x if x in normal else pytest.param(x, marks=marks) for x in FAMILIES])
 
 
+# what a wrapper does depends on how a family is patched: early stage 1, on the output, line breaks, DeepStack, split
+# features, a merge of its own
+mechanism = mostly_long("llava", "internvl", "llava_next", "qwen3_vl", "idefics3", "llava_llama")
+
+
 @contextmanager
 def refused(record_property, said, why=None):
     """The block must fail with an error of ours that says so; `why` for the table, where that alone is no reason."""
@@ -172,7 +177,7 @@ def test_static_cache(family, record_property):
     check_generate(found, scene, model)
 
 
-@every
+@mechanism
 @pytest.mark.parametrize("order", ["patch first", "peft first"])
 def test_peft(family, order):
     model, scene = make(family, seed=18)
@@ -202,7 +207,7 @@ def process_group(tmp_path):
     torch.distributed.destroy_process_group()
 
 
-@every
+@mechanism
 def test_ddp(family, process_group):
     model, scene = make(family, seed=19)
     with lp_patch.applied(torch.nn.parallel.DistributedDataParallel(model), **OPTIONS) as patch:
@@ -219,7 +224,7 @@ def shard(model, world):
         fully_shard(module, mesh=mesh)
 
 
-@every
+@mechanism
 @pytest.mark.parametrize("order", ["patch first", "shard first"])
 def test_fsdp2(family, order, process_group):
     model, scene = make(family, seed=20)
@@ -257,7 +262,7 @@ def _one_of_two(rank, family, store):
     dist.destroy_process_group()
 
 
-@every
+@mechanism
 def test_a_later_wrapper_outlives_the_patch(family):
     """What somebody put around a method that we wrapped stays theirs; ours goes from under it."""
     model, scene = make(family, dtype=torch.float32, which=SEVERAL)
@@ -334,7 +339,7 @@ def test_compile(family):
     check_forward(logits, scene, model)
 
 
-@every
+@mechanism
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # llava-torch freezes its tower
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing(family, reentrant):
@@ -353,7 +358,7 @@ def test_gradient_checkpointing(family, reentrant):
     torch.testing.assert_close(found[1], found[0])
 
 
-@every
+@mechanism
 @pytest.mark.parametrize("order", ["patch first", "dispatch first"])
 def test_device_map(family, order, tmp_path):
     """accelerate's map, with every second leaf module on disk."""
@@ -393,7 +398,7 @@ def test_two_devices(family):
         check_generate(found, scene, plain)
 
 
-@every
+@mechanism
 @pytest.mark.parametrize("order", ["patch first", "offload first"])
 def test_all_weights_offloaded(family, order, record_property):
     from accelerate import cpu_offload
@@ -417,7 +422,7 @@ def test_all_weights_offloaded(family, order, record_property):
     check_generate(found, scene, plain)
 
 
-@every
+@mechanism
 def test_trainer(family, tmp_path):
     from transformers import Trainer, TrainingArguments
 
@@ -433,7 +438,7 @@ def test_trainer(family, tmp_path):
     assert model(**rows).loss.item() < want  # it learnt
 
 
-@every
+@mechanism
 def test_copies(family):
     model, scene = make(family, seed=27)
     plain = copy.deepcopy(model)
@@ -453,7 +458,7 @@ def test_copies(family):
         assert not lp_patch.is_applied(twin)
 
 
-@every
+@mechanism
 def test_saved_models_load_unpatched(family, tmp_path):
     model, scene = make(family, torch.float32, seed=28)
     plain = forward(model, scene)

@@ -8,8 +8,8 @@ import pytest
 import torch
 import transformers.modeling_flash_attention_utils as fa
 from families import make
-from tiny import V5
 from test_layers import windowed
+from tiny import V5
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flash_attention import flash_attention_forward

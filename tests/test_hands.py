@@ -152,7 +152,7 @@ def test_a_stray_sliding_window_that_no_layer_reads(family):
         logits = forward(model, scene, use_cache=False)
         torch.testing.assert_close(logits[want.left], want.logits[want.left], **CLOSE)
         if family != "llava":  # transformers makes them a cache that has such a window, which no mask knows of
-            with pytest.raises(lp_patch.UnsupportedInputError, match="DynamicSlidingWindowLayer, .* no window"):
+            with pytest.raises(lp_patch.UnsupportedInputError, match=r"DynamicSlidingWindowLayer, .* no window"):
                 forward(model, scene)
     with lp_patch.applied(model, ratio=1.0):
         forward(model, scene)

@@ -209,7 +209,7 @@ def test_layers_that_cannot_rank(kind):
 @pytest.mark.parametrize("kind", ["llava:window", "gemma3"])
 def test_compact_positions_are_refused_where_windows_count(kind):
     model, _ = make(kind)
-    with pytest.raises(lp_patch.ConfigError, match='positions="compact" has no meaning for .* how far back they look'):
+    with pytest.raises(lp_patch.ConfigError, match=r'positions="compact" has no meaning for .* how far back they look'):
         lp_patch.apply(model, positions="compact")
     assert not lp_patch.is_applied(model)
 
@@ -217,7 +217,7 @@ def test_compact_positions_are_refused_where_windows_count(kind):
 @pytest.mark.parametrize("kind", ["llava:window", "gemma3", "qwen3_5"])
 def test_a_pruner_is_not_trained_under_windows_or_states(kind):
     model, _ = make(kind)
-    with pytest.raises(lp_patch.UnsupportedModelError, match="a pruner cannot be trained on .* windows, or a state"):
+    with pytest.raises(lp_patch.UnsupportedModelError, match=r"a pruner cannot be trained on .* windows, or a state"):
         GatedModel(model.requires_grad_(False))
     assert not any(module._forward_pre_hooks for module in model.modules())
 
@@ -296,9 +296,8 @@ def test_second_turn_with_a_new_picture(kind):
 
     def want_of(visual, scene, **more):
         features = scene._projected(model) if tiny.projector else None
-        return masked.expected(
-            model, decoder.layers, decoder, {**inputs, "position_ids": ids}, visual, features=features, **options, **more
-        )
+        given = {**inputs, "position_ids": ids}
+        return masked.expected(model, decoder.layers, decoder, given, visual, features=features, **options, **more)
 
     want = want_of(one.visual, one, end=length)
     assert [x.tolist() for x in trace.stage2] == want.stage2
@@ -317,8 +316,8 @@ def test_masks_of_a_caller_are_refused_where_nothing_else_would_make_them():
         length = scene.inputs["input_ids"].shape[1]
         mask = torch.ones(1, 1, length, length, dtype=torch.bool).tril()
         inputs = {**scene.forward(), "attention_mask": mask}
-        with torch.no_grad(), lp_patch.applied(model, tokens=4, layer=2):
-            with pytest.raises(lp_patch.UnsupportedInputError, match=r"needs the 2-D attention mask .*, got one of shape"):
-                model(**inputs)
+        refused = pytest.raises(lp_patch.UnsupportedInputError, match=r"needs the 2-D attention mask .*, got one of sh")
+        with torch.no_grad(), lp_patch.applied(model, tokens=4, layer=2), refused:
+            model(**inputs)
         with torch.no_grad(), lp_patch.applied(model, ratio=1.0):
             assert model(**inputs).logits.isfinite().all()

@@ -24,9 +24,7 @@ def loop(query, key, weight, scaling, mask=None, causal=True):
         shared = k[h * kv_heads // heads]
         for i in range(n_queries):
             own = mask[i] if mask is not None and isinstance(mask[0], list) else mask
-            seen = [
-                j for j in range(n_keys) if (not causal or j <= n_keys - n_queries + i) and (own is None or own[j])
-            ]
+            seen = [j for j in range(n_keys) if (not causal or j <= n_keys - n_queries + i) and (own is None or own[j])]
             if not seen:
                 continue
             logits = [scaling * sum(a * b for a, b in zip(q[h][i], shared[j], strict=True)) for j in seen]
