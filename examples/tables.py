@@ -134,11 +134,78 @@ def beside(rows: list[dict[str, str]]) -> list[str]:
     ]
 
 
+def kinds() -> dict[str, list[str]]:
+    """Model types by what their decoder layers look at, as their tiny models have them."""
+    from families import FAMILIES
+    from tiny_models import TYPES, make
+
+    from lp_patch.registry import MASKED, RECURRENT, find_parts
+
+    found: dict[str, list[str]] = {"plain": [], "masked": [], "recurrent": []}
+    for key in [*FAMILIES, *TYPES]:
+        if ":" in key:
+            continue  # a variant of a type
+        parts = None if key in FAMILIES else find_parts(make(key)[0])
+        names = () if parts is None else parts.kinds.names
+        blocks = parts is not None and parts.blocks
+        kind = "recurrent" if RECURRENT in names else "masked" if MASKED in names or blocks else "plain"
+        found[kind].append(key)
+    return found
+
+
+LAYERS = {
+    "plain": "every layer looks at all tokens before its own",
+    "masked": "windows, blocks of image tokens that see one another, or an indexer",
+    "recurrent": "some layers keep a state instead of keys",
+}
+
+
 def models() -> str:
-    """What the tests of each supported family said."""
+    """The families that can be patched, by what their layers look at."""
+    supported = lp_patch.supported()
+    lines = ["| decoder layers | models |", "|---|---|"]
+    for kind, types in kinds().items():
+        names = sorted({supported[x] for x in types}, key=str.lower)
+        lines.append(f"| {LAYERS[kind]} | {', '.join(names)} |")
+    lines += ["", f"{len(supported)} model types; docs/models.md lists each, with what was tested, and those refused."]
+    return "\n".join(lines)
+
+
+def details() -> str:
+    """docs/models.md."""
     import matrix
 
-    return matrix.families(lp_patch.supported())
+    from lp_patch.unfit import UNFIT
+
+    supported = lp_patch.supported()
+    refused = [f"| `{name}` | {why} |" for name, why in sorted(UNFIT.items())]
+    return "\n".join(
+        [
+            "# Model types",
+            "",
+            "Made by `python examples/tables.py` from what the tests said (`make matrix`). Each type's tiny random model is "
+            "compared with the untouched one whose removed tokens are masked, or, where layers keep a state, whose rows "
+            "are really shortened: what is kept, and every logit, in float64.",
+            "",
+            "## All",
+            "",
+            matrix.types(supported),
+            "",
+            "## Everything that people do with a model, on the families whose mechanisms differ",
+            "",
+            matrix.families(supported),
+            "",
+            "## Refused",
+            "",
+            "| model type | why |",
+            "|---|---|",
+            *refused,
+            "",
+            "A type in none of these tables is tried on a tiny model of its own config when `apply` is called, and patched "
+            "if the default declaration fits: `print(lp_patch.check(model))` shows how that goes.",
+            "",
+        ]
+    )
 
 
 def modes() -> str:
@@ -162,3 +229,5 @@ def fill(readme: str) -> str:
 if __name__ == "__main__":
     path = ROOT / "README.md"
     path.write_text(fill(path.read_text()))
+    (ROOT / "docs").mkdir(exist_ok=True)
+    (ROOT / "docs" / "models.md").write_text(details())

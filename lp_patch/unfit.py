@@ -26,13 +26,14 @@ UNFIT: dict[str, str] = {
     "kosmos-2.5": (
         "its language model merges pictures itself, at a mask beside the prompt, and adds absolute positions to them"
     ),
-    "llama4": (
+    "llama4": (  # in transformers 5.24 its own forward fails too: no image_outputs in what its language model returns
         "its forward projects pictures after the method that encodes them, where lp_patch does not look, and counts "
         "positions of its layers without rotary embedding in the cache"
     ),
     "minimax_m3_vl": "its layers pick blocks of keys by their places in the cache, which pruning changes",
     "mistral4": "it reads no pictures; as the language model of mistral3 it is supported",
     "pi0": "it generates no text: a second model reads the cache of its prompt and predicts actions",
+    "pixtral": "it is a vision tower, part of models of type llava and mistral3: give the whole model",
     "qwen4_exp": (
         "its indexer looks up positions of all tokens seen by their places in the cache, which pruning changes, and "
         "its layers add embeddings of neighbouring token ids"

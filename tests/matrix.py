@@ -141,18 +141,32 @@ NOT_ASKED = {
     ("llava_llama", "processor, pipeline"): "not applicable: the package has no processor",
     ("llava_llama", "later turns"): ORIGINAL_CANNOT,
 }
+TYPES = "test_types.py"
+# what every model type is asked: the families above by tests of their own, the others by one set of checks
+TYPES_ASKED = {
+    "padded batch": [f"{TYPES}::test_forward", *ASKED["padded batch"]],
+    "eager": [f"{TYPES}::test_eager", *ASKED["eager"]],
+    "generation": [f"{TYPES}::test_generate", f"{FAMILY}::test_generate", f"{GENERATE}::test_greedy"],
+    "beams": [f"{TYPES}::test_beams", *(x for x in ASKED["generate, beams"] if not x.endswith("test_greedy"))],
+    "later turn": [f"{TYPES}::test_second_text_turn", *ASKED["later turns"]],
+    "static cache": [f"{TYPES}::test_static_cache", *ASKED["static cache"]],
+    "untouched at full budget": [f"{TYPES}::test_nothing_to_prune", *ASKED["untouched at full budget, after removal"]],
+}
 MEASURED = {
-    "forward, float64": [f"{FAMILY}::test_{name}" for name in ("forward", "several_inputs", "padded_batch")],
-    "forward, float32, eager": [f"{FAMILY}::test_eager"],
-    "generate": [f"{FAMILY}::test_generate"],
-}  # largest difference of a logit to the oracle
+    "forward, float64": [
+        f"{TYPES}::test_forward", *(f"{FAMILY}::test_{name}" for name in ("forward", "several_inputs", "padded_batch"))
+    ],
+    "forward, float32, eager": [f"{TYPES}::test_eager", f"{FAMILY}::test_eager"],
+    "generate": [f"{TYPES}::test_generate", f"{FAMILY}::test_generate"],
+}  # fmt: skip  # largest difference of a logit to the oracle
 
 
 def family_of(item) -> str | None:
     """Whose model a test runs: a parameter says it, or the file."""
     parameters = item.callspec.params if hasattr(item, "callspec") else {}
     alone = {INTERNVL: "internvl", ORIGINAL: "llava_llama", **dict.fromkeys((FORWARD, GENERATE, LIFE, WRAP), "llava")}
-    return parameters.get("family", parameters.get("kind", alone.get(item.path.name)))
+    family = parameters.get("family", parameters.get("kind", alone.get(item.path.name)))
+    return family.partition(":")[0] if family and item.path.name == TYPES else family  # a type's variants count for it
 
 
 def note(results: list[tuple[str, str, dict]], version: str) -> None:
@@ -164,7 +178,7 @@ def note(results: list[tuple[str, str, dict]], version: str) -> None:
     the reason; "difference", the largest to the oracle.
     """
     modes = {test for tests in ROWS.values() for test in tests}
-    asked = {test for tests in ASKED.values() for test in tests}
+    asked = {test for tests in (*ASKED.values(), *TYPES_ASKED.values()) for test in tests}
     path = FOLDER / f"{version}.json"
     content: dict = json.loads(path.read_text()) if path.exists() else {"modes": {}, "families": {}}
     ran = {(test, properties["family"]) for test, _, properties in results}
@@ -227,14 +241,12 @@ def answer(found: dict[str, dict], tests: list[str]) -> tuple[str, str | None]:
     return word, reasons[0] if reasons else None
 
 
-def families(supported: dict[str, str]) -> str:
-    """Families by what they are asked, as Markdown; the reasons follow, and the largest differences to the oracle."""
-    version, content = next(x for x in versions() if x[1]["families"])
-    lines = [f"| transformers {version} | model type | " + " | ".join(ASKED) + " |", "|---|---|" + "---|" * len(ASKED)]
-    reasons: list[str] = []
-    for model_type, family in sorted(supported.items(), key=lambda x: x[1]):
+def _rows(content: dict, names: dict[str, str], asked: dict[str, list[str]], reasons: list[str]) -> list[list[str]]:
+    """A row of answers for each model type of `names`; reasons are numbered in the order of their appearance."""
+    rows = []
+    for model_type, family in sorted(names.items(), key=lambda x: (x[1].lower(), x[0])):
         cells = []
-        for question, tests in ASKED.items():
+        for question, tests in asked.items():
             word, why = answer(content["families"].get(model_type, {}), tests)
             if (model_type, question) in NOT_ASKED:
                 why = NOT_ASKED[model_type, question]
@@ -242,10 +254,48 @@ def families(supported: dict[str, str]) -> str:
             if why is not None and why not in reasons:
                 reasons.append(why)
             cells.append(word if why is None else f"{word} ({reasons.index(why) + 1})")
-        lines.append(f"| {family} | `{model_type}` | " + " | ".join(cells) + " |")
-    lines += ["", *(f"({i}) {why}  " for i, why in enumerate(reasons, 1)), ""]
-    lines.append(f"Largest difference of a logit to the oracle: {differences(content['families'])}.")
-    return "\n".join(lines)
+        rows.append([family, f"`{model_type}`", *cells])
+    return rows
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in [head, *rows]]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
+
+
+def types(supported: dict[str, str]) -> str:
+    """Every model type by what all are asked, as Markdown, with the largest difference of a logit to the oracle."""
+    version, content = next(x for x in versions() if x[1]["families"])
+    reasons: list[str] = []
+    rows = _rows(content, supported, TYPES_ASKED, reasons)
+    for row in rows:
+        found = content["families"].get(row[1].strip("`"), {})
+        measured = [found[x]["difference"] for tests in MEASURED.values() for x in tests if "difference" in found.get(x, {})]
+        row.append(f"{max(measured):.0e}" if measured else "")
+    return "\n".join(
+        [
+            _table([f"transformers {version}", "model type", *TYPES_ASKED, "largest difference"], rows),
+            "",
+            *(f"({i}) {why}  " for i, why in enumerate(reasons, 1)),
+        ]
+    )
+
+
+def families(supported: dict[str, str]) -> str:
+    """Families by everything that some are asked, as Markdown; the reasons follow."""
+    version, content = next(x for x in versions() if x[1]["families"])
+    own = {x: family for x, family in supported.items() if f"{FAMILY}::test_forward" in content["families"].get(x, {})}
+    reasons: list[str] = []
+    rows = _rows(content, own, ASKED, reasons)
+    return "\n".join(
+        [
+            _table([f"transformers {version}", "model type", *ASKED], rows),
+            "",
+            *(f"({i}) {why}  " for i, why in enumerate(reasons, 1)),
+            "",
+            f"Largest difference of a logit to the oracle: {differences(content['families'])}.",
+        ]
+    )
 
 
 def differences(content: dict[str, dict]) -> str:

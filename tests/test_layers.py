@@ -91,12 +91,14 @@ class Windowed:
         self.cache.layers[0].update(keys, keys)
 
     def step(self, new, back=0):
-        """Tokens that follow, the last few of which are taken back."""
+        """Tokens that follow, the last few of which are taken back; None: the cache is not asked to forget any yet."""
         positions = torch.arange(self.seen, self.seen + new).expand(len(self.rows), -1)
         self._store(positions)
-        self.cache.layers[0].crop(-back)
-        self.seen += new - back
-        self.rows = [[*row, *range(self.seen - new + back, self.seen)] for row in self.rows]
+        if back is not None:
+            self.cache.layers[0].crop(-back)
+        new -= back or 0
+        self.rows = [[*row, *range(self.seen, self.seen + new)] for row in self.rows]
+        self.seen += new
 
     def take_back(self, count):
         """Before anything followed."""
@@ -108,7 +110,7 @@ class Windowed:
         """What lies in the cache, what it says of that, and which of its keys are real."""
         want = torch.tensor([row[-self.window + 1 :] for row in self.rows])
         assert self.cache.layers[0].get_seq_length() == self.seen
-        torch.testing.assert_close(self.cache.layers[0].keys[:, 0, :, 0].long(), want)
+        torch.testing.assert_close(self.cache.layers[0].keys[:, 0, -want.shape[1] :, 0].long(), want)
         found = kv.positions(self.cache, 0, self.seen, len(self.rows), torch.device("cpu"))
         torch.testing.assert_close(found, want)
         assert kv.stored_tokens(self.cache, 0) == want.shape[1]
@@ -127,7 +129,7 @@ def test_a_window_that_forgets_pruned_tokens(window, rows):
     """Single steps, several tokens at once, beams in another order, tokens taken back."""
     it = Windowed(window, [KEPT[i] for i in rows], seen=8)
     it.check()
-    for new, back in ((1, 0), (1, 0), (3, 0), (1, 0), (4, 2), (1, 0)):
+    for new, back in ((1, 0), (1, None), (3, None), (1, 0), (4, 2), (1, 0)):
         it.step(new, back)
         it.check()
     it.cache.reorder_cache(torch.tensor(rows[::-1]))
