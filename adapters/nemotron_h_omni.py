@@ -12,8 +12,8 @@ from lp_patch.registry import IMAGE, Adapter, Modality
 def _width(config: Any) -> int:
     if config.video_pruning_rate > 0:
         raise UnsupportedModelError(
-            f"video_pruning_rate={config.video_pruning_rate}: the model drops tokens of videos itself, which shortens the "
-            "prompt in a way that lp_patch cannot follow. Set it to 0 in the config"
+            f"video_pruning_rate={config.video_pruning_rate}: the model drops tokens of videos itself, which shortens "
+            "the prompt in a way that lp_patch cannot follow. Set it to 0 in the config"
         )
     return config.text_config.hidden_size
 

@@ -183,9 +183,9 @@ def details() -> str:
         [
             "# Model types",
             "",
-            "Made by `python examples/tables.py` from what the tests said (`make matrix`). Each type's tiny random model is "
-            "compared with the untouched one whose removed tokens are masked, or, where layers keep a state, whose rows "
-            "are really shortened: what is kept, and every logit, in float64.",
+            "Made by `python examples/tables.py` from what the tests said (`make matrix`). Each type's tiny random model "
+            "is compared with the untouched one whose removed tokens are masked, or, where layers keep a state, whose "
+            "rows are really shortened: what is kept, and every logit, in float64.",
             "",
             "## All",
             "",
@@ -201,8 +201,8 @@ def details() -> str:
             "|---|---|",
             *refused,
             "",
-            "A type in none of these tables is tried on a tiny model of its own config when `apply` is called, and patched "
-            "if the default declaration fits: `print(lp_patch.check(model))` shows how that goes.",
+            "A type in none of these tables is tried on a tiny model of its own config when `apply` is called, and "
+            "patched if the default declaration fits: `print(lp_patch.check(model))` shows how that goes.",
             "",
         ]
     )

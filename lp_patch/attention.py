@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +23,28 @@ from .errors import UnsupportedModelError
 KEY = "lp_patch"  # the keyword by which a forward carries its state to its layers
 TAP_NAME = "lp_patch_tap"
 
-# (what came under KEY or None, query, key, value, mask, scaling) -> None: the layer's own attention, or (B, H, Q, D)
-Observer = Callable[[Any, Tensor, Tensor, Tensor, Any, float], Tensor | None]
+
+class Attended(NamedTuple):
+    """What an attention layer hands to its back-end.
+
+    Attributes:
+        query: (B, H, Q, D), rotated.
+        key: (B, KV, K, D), rotated; value: likewise.
+        mask: in the form that the back-end wants, or None.
+        scaling: factor on the dot product.
+        sinks: (H,) logits of one more key that nobody has, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Any
+    scaling: float
+    sinks: Tensor | None
+
+
+# (what came under KEY or None, what is attended to) -> None: the layer's own attention, or (B, H, Q, D) in its place
+Observer = Callable[[Any, Attended], Tensor | None]
 
 
 class BackEndName(str):
@@ -99,7 +119,7 @@ def _tapped_attention(
     """The registered attention function: query (B, H, Q, D), key and value (B, KV, K, D)."""
     config = module.config
     factor = query.shape[-1] ** -0.5 if scaling is None else scaling
-    out = config._observer(kwargs.pop(KEY, None), query, key, value, mask, factor)
+    out = config._observer(kwargs.pop(KEY, None), Attended(query, key, value, mask, factor, kwargs.get("s_aux")))
     if out is not None:
         return out.transpose(1, 2).contiguous(), None
     name = config._tapped._attn_implementation

@@ -123,6 +123,11 @@ def take_rows(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-2, index)
 
 
+def take_tokens(hidden: Tensor, index: Tensor, streams: bool) -> Tensor:
+    """Tokens of hidden states (B, N, C), or of several streams of them (A, B, N, C), by index (B, M) int64."""
+    return torch.stack([take(x, index) for x in hidden]) if streams else take(hidden, index)
+
+
 def take_mask(mask: Tensor, rows: Tensor | None, columns: Tensor) -> Tensor:
     """The part of an attention mask that is left.
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .attention import install_tap
+from .attention import Attended, install_tap
 from .choose import stage1, stage1_apart
 from .compat import is_exporting, show_survivors
 from .errors import UnsupportedInputError
@@ -42,18 +42,9 @@ class EarlyStage(Reader):
         for module, readings in self.settings.readings:
             on.note(install_tap(module, partial(self.observe_vision, readings)))
 
-    def observe_vision(
-        self,
-        readings: tuple[Reading, ...],
-        _: None,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Any,
-        scaling: float,
-    ) -> None:
+    def observe_vision(self, readings: tuple[Reading, ...], _: None, seen: Attended) -> None:
         """A vision layer's query and key (B, H, 1 + N, D), [CLS] first: what the scorer reads there, (B, N) each."""
-        encoding = self._call().encoding
+        encoding, query = self._call().encoding, seen.query
         if encoding is None:
             return
         for reading in readings:
@@ -61,7 +52,7 @@ class EarlyStage(Reader):
             batch, length = asking.shape[0], asking.shape[2]
             weight = torch.full((batch, length), 1 / length, device=query.device)
             with torch.no_grad():
-                received = received_attention(asking, key, weight, scaling, causal=False)
+                received = received_attention(asking, seen.key, weight, seen.scaling, causal=False)
             encoding.attention[reading] = received[:, 1:]
 
     @torch.compiler.disable

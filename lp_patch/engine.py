@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from . import cache as kv
-from .attention import KEY, install_tap
+from .attention import KEY, Attended, install_tap
 from .compat import cache_in, causal_mask, full_masks, uncounted
 from .cut import left_mask
 from .errors import UnsupportedInputError
@@ -82,13 +82,13 @@ class Engine(Planner):
     def before_language_model(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """Cut what is removed out of the sequence, or tell the layers what a pruned cache holds."""
         if not is_static_step(args, kwargs):
-            return self._begin(args, kwargs)
+            return self._begin(module, args, kwargs)
         if not self.state.held and kv.is_pruned(cache_in(kwargs)):
             self._hold()  # pruned under another patch
         return static_step(module.config, args, kwargs)
 
     @torch.compiler.disable
-    def _begin(self, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         embeds, cache = kwargs.get("inputs_embeds"), cache_in(kwargs)
         call = self.take_call(embeds)
         if call.shows and not call.features:
@@ -105,6 +105,11 @@ class Engine(Planner):
             )
         if embeds is not None and call.started and call.features:
             return self._prefill(call, args, kwargs)
+        if call.features and not call.started:
+            self._warn(
+                f"{type(module).__name__} was called past the forward of {type(self.parts.base).__name__}, after "
+                "images were encoded: by a generate() of the model's own? Nothing is pruned there"
+            )
         tokens = tokens_of(args, kwargs)
         first = cache is None or (isinstance(cache, kv.Cache) and kv.seen_tokens(cache) == 0)
         if tokens is not None and first:
@@ -281,13 +286,11 @@ class Engine(Planner):
         enter = _enter if torch.compiler.is_compiling() else type(state).enter
         return enter(state, self.parts.language_model.config, index, args, kwargs)
 
-    def observe_text(
-        self, tapped: Tapped | None, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
-    ) -> None:
-        """Layer k's rotated query (B, H, N, D) and key, and value (B, KV, P + N, D): scores of its N tokens."""
+    def observe_text(self, tapped: Tapped | None, seen: Attended) -> None:
+        """Layer k's query (B, H, N, D), and keys and values (B, KV, P + N, D): scores of its N tokens."""
         if tapped is not None:
             observe = _observe if torch.compiler.is_compiling() else type(tapped.forward).observe
-            observe(tapped.forward, query, key, value, mask, scaling)
+            observe(tapped.forward, seen)
 
     @torch.compiler.disable
     def after_language_model(self, module: nn.Module, args: tuple, kwargs: Any, output: Any = None) -> None:
@@ -320,5 +323,5 @@ def _enter(forward: Forward, config: Any, index: int, args: tuple, kwargs: dict)
 
 
 @torch.compiler.disable
-def _observe(forward: Forward, *given: Any) -> None:
-    forward.observe(*given)
+def _observe(forward: Forward, seen: Attended) -> None:
+    forward.observe(seen)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from . import cache as kv
-from .attention import KEY
+from .attention import KEY, Attended
 from .choose import stage2
 from .compat import causal_mask
-from .cut import Cut, best_cut, keep_cut, take_mask, take_rows, upload
+from .cut import Cut, best_cut, keep_cut, take_mask, take_rows, take_tokens, upload
 from .errors import UnsupportedInputError
 from .plan import Plan
 from .registry import RECURRENT, Kinds
@@ -54,7 +54,7 @@ class Forward:
         gone: (B, S) int64, how many tokens stage 1 removed up to each position, for compact positions, or None.
         shift: (B, 1) int64, what compact positions lag behind original ones from now on, or None.
         done: whether its output was given back in the input's length.
-        true_ids: (B or 1, S) position ids for layers that compute with them, or None.
+        true_ids: (..., B or 1, S) position ids for layers that compute with them, or None.
         masked: whether layers are handed masks over all tokens seen, of which each takes its part.
         tracked: whether the cache is to know where its tokens stood, for such masks later.
         seen: tokens before this forward, where tracked.
@@ -188,19 +188,20 @@ class Forward:
 
     def enter(self, config: Any, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of decoder layer `index`: its own tokens, mask and positions; `config`: of its model."""
-        hidden = args[0]
+        hidden, streams = args[0], self.settings.streams
+        if len(args) > 1:  # some models name no arguments
+            kwargs |= dict(zip(self.settings.arguments[1:], args[1:], strict=False))
         if len(self.keys) == index and self.cuts:
             self._cuts_before(index)
         cut = self.cut_of(index)
         if cut is not None and cut.start == index > 0:
-            hidden = take(hidden, cut.index)
-        kwargs["attention_mask"] = self.keys_of(config, index, hidden, kwargs.get("attention_mask")).mask
+            hidden = take_tokens(hidden, cut.index, streams)
+        tokens = hidden[0] if streams else hidden
+        kwargs["attention_mask"] = self.keys_of(config, index, tokens, kwargs.get("attention_mask")).mask
         if cut is not None:
-            for name, place in self.settings.per_token:
+            for name in self.settings.per_token:
                 if name in kwargs:
                     kwargs[name] = self._of_later_cuts(cut, kwargs[name])
-                elif place < len(args):
-                    args = (*args[:place], self._of_later_cuts(cut, args[place]), *args[place + 1 :])
             if kwargs.get("position_embeddings") is not None:  # some layers take none
                 rotary = self.rotary_of(cut, kwargs["position_embeddings"])
                 if rotary[0].device != hidden.device:
@@ -211,7 +212,7 @@ class Forward:
             self.rotary = kwargs.get("position_embeddings") or ()
             if self.weights is not None:
                 kwargs[KEY] = Tapped(self)
-        return (hidden, *args[1:]), kwargs
+        return (hidden,), kwargs
 
     def _of_later_cuts(self, cut: Cut, x: Tensor | None) -> Tensor | None:
         """What is left of x (B, N, ...), a row for each token that stage 1 left, in a layer of this cut."""
@@ -248,12 +249,13 @@ class Forward:
             counts = [kept - survivors + (0 if wipe else stage2) for kept, survivors, stage2, wipe in rows]
             self.cuts.append(keep_cut(index, last, keep, counts))
 
-    def observe(self, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float) -> None:
-        """Layer k's rotated query (B, H, N, D) and key, and value (B, KV, P + N, D): scores of its N tokens."""
+    def observe(self, seen: Attended) -> None:
+        """Layer k's query (B, H, N, D), and keys and values (B, KV, P + N, D): scores of its N tokens."""
         if self.scores is not None:
             return  # gradient checkpointing runs the layer again
         weights, keys, cut = self.weights, self.keys[-1], self.cuts[-1]
         assert weights is not None and self.plan is not None
+        query, key, mask = seen.query, seen.key, seen.mask
         key_mask = None if keys.valid is None else keys.valid.to(key.device)
         if self.masked and isinstance(mask, Tensor):  # what these queries see is no matter of order alone
             rows = mask[:, 0, -weights.shape[1] :, : keys.length].to(key.device)
@@ -261,10 +263,11 @@ class Forward:
         given = Stage2Input(
             query=query[:, :, query.shape[2] - weights.shape[1] :],
             key=key[:, :, : keys.length],
-            value=value[:, :, : keys.length],
+            value=seen.value[:, :, : keys.length],
             key_mask=key_mask,
             weights=weights.to(query.device),
-            scaling=scaling,
+            scaling=seen.scaling,
+            sinks=seen.sinks,
             visual=cut.visual.to(key.device),
             keep=max(self.plan.stage2),
             rotary=self.rotary,
@@ -291,7 +294,9 @@ class Forward:
         if self.true_ids is None:
             return None
         if cut.start not in self._ids:
-            self._ids[cut.start] = self.true_ids.expand(len(cut.where), -1).gather(1, self._places(cut))
+            lead = self.true_ids.shape[:-2]  # several axes
+            places = self._places(cut).expand(*lead, -1, -1)
+            self._ids[cut.start] = self.true_ids.expand(*lead, len(cut.where), -1).gather(-1, places)
         return self._ids[cut.start]
 
 

@@ -6,11 +6,10 @@ from torch import Tensor
 
 from . import cache as kv
 from .compat import cache_out
-from .cut import restore_index
+from .cut import restore_index, take_tokens
 from .errors import UnsupportedInputError
 from .forward import Forward
 from .registry import RECURRENT
-from .select import take
 
 
 def finish(forward: Forward, output: Any) -> None:
@@ -31,7 +30,8 @@ def finish(forward: Forward, output: Any) -> None:
         assert cut is not None
         if cut.start not in restored:
             restored[cut.start] = restore_index(cut, forward.new)
-        return take(state, restored[cut.start])
+        # the last states are of one stream
+        return take_tokens(state, restored[cut.start], forward.settings.streams and state.dim() == 4)
 
     run, states = output.last_hidden_state, getattr(output, "hidden_states", None)
     output.last_hidden_state = restore(len(forward.keys) - 1, run)

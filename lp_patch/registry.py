@@ -73,6 +73,7 @@ class Adapter:
         rotary: module called with `position_ids` once per forward; None where the layers have no rotary embedding.
         per_token: further arguments of the language model, and of its layers, that hold a row for each token,
             (B, S, ...): they are cut with the sequence.
+        streams: hidden states between the layers are several streams of the tokens, (A, B, S, D).
     """
 
     model_type: str
@@ -94,6 +95,7 @@ class Adapter:
     attention: str = "self_attn"
     rotary: str | None = "language_model.rotary_emb"
     per_token: tuple[str, ...] = ()
+    streams: bool = False
 
 
 # what a decoder layer may look at: all tokens before it; those that its mask says (windows, chunks, blocks); or it has
@@ -278,7 +280,8 @@ def _part(model: nn.Module) -> Any:
         return getattr(getattr(module, "config", None), "model_type", None)
 
     own = model_type(model)  # without one it is no model, but a wrapper that nobody knows
-    parts = [] if own is None or own in _adapters else [x for x in model.children() if model_type(x) in _adapters]
+    whole = own is None or own in _adapters or own in UNFIT
+    parts = [] if whole else [x for x in model.children() if model_type(x) in _adapters]
     return parts[0] if len(parts) == 1 else model
 
 

@@ -14,6 +14,7 @@ def received_attention(
     *,
     key_mask: Tensor | None = None,
     causal: bool = True,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Post-softmax attention that each key receives from weighted queries, averaged over heads.
 
@@ -27,16 +28,23 @@ def received_attention(
         scaling: factor on the dot product.
         key_mask: (B, K) bool, True where a key is real, or (B, Q, K), where a query sees it; None means all are.
         causal: query i sees keys up to ``K - Q + i``.
+        sinks: (H,) logits of one more key, which receives and is not counted; None: there is none.
 
     Returns:
         (B, K) float32.
     """
     with torch.autocast(query.device.type, enabled=False):
-        return _received(query, key, query_weight, scaling, key_mask, causal)
+        return _received(query, key, query_weight, scaling, key_mask, causal, sinks)
 
 
 def _received(
-    query: Tensor, key: Tensor, query_weight: Tensor, scaling: float, key_mask: Tensor | None, causal: bool
+    query: Tensor,
+    key: Tensor,
+    query_weight: Tensor,
+    scaling: float,
+    key_mask: Tensor | None,
+    causal: bool,
+    sinks: Tensor | None,
 ) -> Tensor:
     batch, heads, n_queries, dim = query.shape
     kv_heads, n_keys = key.shape[1], key.shape[2]
@@ -56,6 +64,9 @@ def _received(
             seen = key_mask[:, None] if key_mask.dim() == 2 else key_mask[:, start : start + length]
             logits = logits.masked_fill(~seen[:, None], -torch.inf)
         # a padding query sees nothing: its softmax is NaN, and its weight of 0 would not remove that
-        weights = logits.softmax(dim=-1).nan_to_num(0.0)
+        if sinks is not None:
+            more = sinks.float()[:, None, None].expand(batch, -1, length, 1)
+            logits = torch.cat([logits, more], dim=-1)
+        weights = logits.softmax(dim=-1)[..., :n_keys].nan_to_num(0.0)
         received += torch.einsum("bhqk,bq->bk", weights, query_weight[:, start : start + length].float())
     return received / heads

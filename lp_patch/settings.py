@@ -23,7 +23,8 @@ class Settings:
         shape: where the stages begin.
         readings: the vision attention modules that the scorer reads, each once, and what it reads there.
         kinds: what the decoder layers look at.
-        per_token: further arguments of a decoder layer that hold a row for each token, and their places.
+        arguments: names of a decoder layer's arguments, in order; `per_token` those that hold a row for each token.
+        streams: whether hidden states between the layers are several streams (A, B, N, C).
     """
 
     config: PruningConfig
@@ -33,7 +34,9 @@ class Settings:
     shape: Shape
     readings: tuple[tuple[nn.Module, tuple[Reading, ...]], ...]
     kinds: Kinds
-    per_token: tuple[tuple[str, int], ...]
+    arguments: tuple[str, ...]
+    per_token: tuple[str, ...]
+    streams: bool
 
     def budget(self, present: int) -> StageBudget:
         """What a visual input of `present` tokens keeps."""
@@ -63,10 +66,18 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
         raise ConfigError(f"final_wipe_layer must lie in [{layer + 1}, {n_layers}] (after layer={layer}), got {wipe}")
     shape = Shape(n_layers, layer, None if wipe == n_layers else wipe)
     _check_strategies(config, scorer, text_scorer)
-    names = list(inspect.signature(parts.layers[0].forward).parameters)
-    per_token = tuple((x, names.index(x)) for x in parts.adapter.per_token if x in names)
-    readings = _readings(parts, scorer)
-    settings = Settings(config, scorer, text_scorer, pruner, shape, readings, parts.kinds, per_token)
+    settings = Settings(
+        config,
+        scorer,
+        text_scorer,
+        pruner,
+        shape,
+        _readings(parts, scorer),
+        parts.kinds,
+        tuple(inspect.signature(parts.layers[0].forward).parameters),
+        parts.adapter.per_token,
+        parts.adapter.streams,
+    )
     if scorer.keeps_all and config.ratio is not None:
         settings.budget(1)  # refuses what is too small for any input
     fewest = None if parts.adapter.fewest is None else parts.adapter.fewest(parts.model.config)

@@ -15,13 +15,14 @@ UNFIT: dict[str, str] = {
     **dict.fromkeys(("blip", "evolla", "idefics", "mllama"), CROSS_ATTENTION),
     **dict.fromkeys(("blip-2", "instructblip", "instructblipvideo", "kosmos-2"), OWN_GENERATE),
     **dict.fromkeys(("inkling2", "inkling_mm_model"), f"{COUNTED_PLACES}, and convolve keys and values along it"),
+    "chameleon": "its language model is the module that merges pictures, so that nothing lies between the two to patch",
     "diffusion_gemma": "it writes by diffusion of whole blocks, in a decoder that reads the cache of its prompt",
-    "gemma3n": "its layers carry several streams in front of the batch, and lp_patch would cut rows in place of tokens",
+    "fuyu": "its encoder returns one row of patches for all pictures of a call, which nobody can tell apart",
     "git": "it puts pictures in front of the text inside the model, so its prompt holds no visual tokens",
+    "glm5_next": "its indexer picks pools of neighbouring keys by their places in the cache, which pruning changes",
     "granite4_vision": (
         "features of its pictures enter at several decoder layers up to late ones, and none in the prompt's embeddings"
     ),
-    "hy_v4_vl": "its attention has sinks, which stage 2 does not count, and its layers get three axes of positions",
     "inkling2_loop": f"some of its layers run more than once in a forward; and {COUNTED_PLACES}",
     "kosmos-2.5": (
         "its language model merges pictures itself, at a mask beside the prompt, and adds absolute positions to them"

@@ -270,7 +270,9 @@ def types(supported: dict[str, str]) -> str:
     rows = _rows(content, supported, TYPES_ASKED, reasons)
     for row in rows:
         found = content["families"].get(row[1].strip("`"), {})
-        measured = [found[x]["difference"] for tests in MEASURED.values() for x in tests if "difference" in found.get(x, {})]
+        measured = [
+            found[x]["difference"] for tests in MEASURED.values() for x in tests if "difference" in found.get(x, {})
+        ]
         row.append(f"{max(measured):.0e}" if measured else "")
     return "\n".join(
         [

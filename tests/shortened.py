@@ -1,8 +1,8 @@
 """The method for models whose layers keep a state instead of keys: rows really shortened, one by one.
 
-Hiding a token from attention does not hide it from a recurrence, so `tests/masked.py` is no oracle there. Here each row
-runs alone, without padding and cache, and loses its tokens where they vanish; masks are the untouched model's own for the
-whole row, of which rows and columns are taken. Nothing of lp_patch is imported. Arguments are those of `masked`.
+Hiding a token from attention does not hide it from a recurrence, so `tests/masked.py` is no oracle there. Here each
+row runs alone, without padding and cache, and loses its tokens where they vanish; masks are the untouched model's own for
+the whole row, of which rows and columns are taken. Nothing of lp_patch is imported. Arguments are those of `masked`.
 """
 
 from contextlib import ExitStack
@@ -55,7 +55,7 @@ def _rows(model, layers, inputs, hidden, index=None, attention="self_attn"):
         with ExitStack() as stack:
             for layer in layers:
                 hook = layer.register_forward_pre_hook(
-                    lambda module, args, kwargs: whole.append(kwargs["attention_mask"]), with_kwargs=True
+                    lambda module, args, kwargs, into=whole: into.append(kwargs["attention_mask"]), with_kwargs=True
                 )
                 stack.callback(hook.remove)
             decoder(**own)
@@ -76,7 +76,7 @@ def _rows(model, layers, inputs, hidden, index=None, attention="self_attn"):
                 stack.callback(hook.remove)
             if index is not None:
                 module = layers[index].get_submodule(attention)
-                stack.callback(module.register_forward_hook(lambda *call: found.append(call[-1][1])).remove)
+                stack.callback(module.register_forward_hook(lambda *call, into=found: into.append(call[-1][1])).remove)
             states = decoder(**own).last_hidden_state[0]
         model.set_attn_implementation(before)
         if index is None:

@@ -5,6 +5,7 @@ import torch
 from tiny import CACHE
 from tiny_models import TYPES, make
 from tiny_models.common import FIRST, VOCAB
+from tiny_models.common import scene as scene_of
 
 import lp_patch
 
@@ -52,7 +53,7 @@ def test_forward(kind, side, record_property):
         assert logits.shape == plain.shape
         record_property("difference", difference(logits[want.left], want.logits[want.left]))
         for row in range(3):
-            _, alone = make(kind, which=(row,))
+            alone = scene_of(TYPES[kind], which=(row,))
             real = scene.inputs["attention_mask"][row].bool()
             torch.testing.assert_close(forward(model, alone)[0], logits[row][real], **CLOSE)
             assert patch.trace.stage1[0].tolist() == want.stage1[row]
@@ -159,7 +160,7 @@ def test_second_text_turn(kind):
 def test_nothing_to_prune(kind):
     """Full budget, and text alone: bit for bit, generation too."""
     model, scene = make(kind, seed=7)
-    _, text = make(kind, which=(2,))
+    text = scene_of(TYPES[kind], which=(2,))
     plain, said = forward(model, scene), generate(model, scene).sequences
     plain_text = forward(model, text)
     with lp_patch.applied(model, ratio=1.0):

@@ -84,6 +84,7 @@ class Stage2Input:
         visual: (B, N) bool, the tokens to score among the N of this prompt.
         keep: the most tokens that a row keeps.
         rotary: cos and sin, (B or 1, N, D) each, by which the N tokens were rotated.
+        sinks: (H,) logits of one more key that nobody has, or None.
     """
 
     query: Tensor
@@ -95,6 +96,7 @@ class Stage2Input:
     visual: Tensor
     keep: int
     rotary: tuple[Tensor, ...]
+    sinks: Tensor | None = None
 
     def unrotated(self, x: Tensor) -> Tensor:
         """Queries or keys of the last T tokens (B, H, T, D) as they were before their rotation, in float32."""
@@ -114,7 +116,9 @@ class Stage2Input:
 def attention_received(x: Stage2Input) -> Tensor:
     """(B, N): post-softmax attention from the weighted queries, averaged over heads."""
     by_order = x.key_mask is None or x.key_mask.dim() == 2
-    received = received_attention(x.query, x.key, x.weights, x.scaling, key_mask=x.key_mask, causal=by_order)
+    received = received_attention(
+        x.query, x.key, x.weights, x.scaling, key_mask=x.key_mask, causal=by_order, sinks=x.sinks
+    )
     return received[:, -x.visual.shape[1] :]
 
 

@@ -15,7 +15,7 @@ from torch.nn.utils import parameters_to_vector
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import ModelOutput
 
-from ..attention import KEY, check_tappable, install_tap
+from ..attention import KEY, Attended, check_tappable, install_tap
 from ..compat import cache_in, checkpoint_layers
 from ..errors import ConfigError, UnsupportedInputError, UnsupportedModelError
 from ..install import Installation, forget_compiled
@@ -128,13 +128,13 @@ class Gate(Reader):
             raise UnsupportedInputError("these features were encoded outside this forward: pass pixel_values")
         return torch.cat(decisions)  # type: ignore[arg-type]
 
-    def attention(
-        self, gate: Tensor | None, query: Tensor, key: Tensor, value: Tensor, mask: Any, scaling: float
-    ) -> Tensor | None:
+    def attention(self, gate: Tensor | None, seen: Attended) -> Tensor | None:
         """Every decoder layer's attention under the forward's gate (B, L); None: the layer's own."""
         if gate is None:
             return None
-        return gated_attention(query, key, value, gate.to(query.device), scaling=scaling, difference=self.difference)
+        query, key, value = seen.query, seen.key, seen.value
+        gate = gate.to(query.device)
+        return gated_attention(query, key, value, gate, scaling=seen.scaling, difference=self.difference)
 
 
 @dataclass

@@ -78,7 +78,7 @@ class Tiny:
 
 @dataclass
 class Scene:
-    """A batch for a model. `visual`: rows -> visual inputs -> positions of their tokens; `structural`: rows -> positions."""
+    """A batch. `visual`: rows -> visual inputs -> positions of their tokens; `structural`: rows -> positions."""
 
     tiny: Tiny
     inputs: dict
@@ -112,7 +112,6 @@ class Scene:
             given["features"] = self._projected(model)
         inputs = self.forward(new)
         return masked.expected(model, decoder.layers, decoder, inputs, self.visual, **{**given, **options})
-
 
     def _projected(self, model):
         """Rows -> visual inputs -> (n, C): what the projector is given of each."""
