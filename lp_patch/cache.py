@@ -333,8 +333,8 @@ def check_prunable(cache: object) -> None:
         if unknown or not hasattr(layer, "get_mask_sizes"):
             raise UnsupportedInputError(
                 f"lp_patch prunes dynamic, static, quantised and offloaded caches; {type(cache).__name__} holds "
-                f"{type(layer).__name__}, which is static with a window (and holds tokens, or all are so), or static in "
-                "a transformers before 5: pass a DynamicCache, or remove the patch"
+                f"{type(layer).__name__}, which is static with a window (and holds tokens, or all are so), or static "
+                "in a transformers before 5: pass a DynamicCache, or remove the patch"
             )
 
 

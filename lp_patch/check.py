@@ -103,14 +103,15 @@ def _default_adapter(model: Any) -> Adapter:
 def _check(model: Any, adapter: Adapter, known: bool) -> Checks:
     found = Checks(model.config.model_type, adapter.family if known else None)
 
-    def ask(name: str, question: Callable[[], str | None]) -> bool:
+    def ask(name: str, question: Callable[[], str | None]) -> bool | None:
         """A question answers None where it holds, or says what is wrong, or, after a dash, why it was not asked."""
         try:
             said = question() or ""
         except Exception as error:  # a stranger's model may raise anything: the table says what
             said = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]:.300}"
-        found.rows.append((name, None if said.startswith("- ") else not said, said.removeprefix("- ")))
-        return said == ""
+        passed = None if said.startswith("- ") else not said
+        found.rows.append((name, passed, said.removeprefix("- ")))
+        return passed
 
     trials: list[Trial] = []
     if not ask("all patch points are there", lambda: _plain(find_parts(model, adapter), known)):
@@ -118,7 +119,7 @@ def _check(model: Any, adapter: Adapter, known: bool) -> Checks:
     if not ask("a tiny twin can be made", lambda: _make(trials, model, adapter, known)):
         return found
     (trial,) = trials
-    if not ask("a picture's features take its placeholders", lambda: trial.merged(known)):
+    if ask("a picture's features take its placeholders", lambda: trial.merged(known)) is False:
         return found
     ask("what layers see is all before them", lambda: trial.causal(known))
     ask("pruned equals masked, in a padded batch", trial.masked)

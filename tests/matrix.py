@@ -140,6 +140,7 @@ ASKED = {
 NOT_ASKED = {
     ("llava_llama", "processor, pipeline"): "not applicable: the package has no processor",
     ("llava_llama", "later turns"): ORIGINAL_CANNOT,
+    ("llava_llama", "later turn"): ORIGINAL_CANNOT,
 }
 TYPES = "test_types.py"
 # what every model type is asked: the families above by tests of their own, the others by one set of checks

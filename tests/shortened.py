@@ -1,7 +1,7 @@
 """The method for models whose layers keep a state instead of keys: rows really shortened, one by one.
 
 Hiding a token from attention does not hide it from a recurrence, so `tests/masked.py` is no oracle there. Here each
-row runs alone, without padding and cache, and loses its tokens where they vanish; masks are the untouched model's own for
+row runs alone, without padding and cache, and loses its tokens where they vanish; masks are the untouched model's for
 the whole row, of which rows and columns are taken. Nothing of lp_patch is imported. Arguments are those of `masked`.
 """
 

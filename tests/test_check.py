@@ -45,7 +45,7 @@ def undeclared(monkeypatch):
 NOT_MASKED = {
     "gemma4", "gemma4:vision", "gemma4:layered", "gemma4:shared", "gemma4_unified", "step3p7", "dots3_note", "emu3",
     "deepseek_vl_hybrid", "granite_docling", "nemotron_h_omni", "ovis2", "lfm2_vl", "lfm3_vl", "qwen3_5", "qwen3_5_moe",
-    "minicpmv4_6", "minicpmv4_7", "minicpm_ocr",
+    "minicpmv4_6", "minicpmv4_7", "minicpm_ocr", "gemma3n", "gemma3n:shared",
 }  # fmt: skip
 
 

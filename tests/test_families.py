@@ -24,13 +24,13 @@ NEW = 3
 OPTIONS = {"tokens": 4, "layer": 2}
 CLOSE = {"rtol": 1e-4, "atol": 1e-4, "check_dtype": False}  # norms and rotary angles are float32
 LEFT, SEVERAL, ALL = (0,), (1,), (0, 1, 2)
+LONG = [pytest.mark.long, pytest.mark.matrix]
 every = pytest.mark.parametrize("family", FAMILIES)
 
 
 def mostly_long(*normal):
     """Every family; all but these in the long tier, and for the README's table."""
-    marks = [pytest.mark.long, pytest.mark.matrix]
-    return pytest.mark.parametrize("family", [x if x in normal else pytest.param(x, marks=marks) for x in FAMILIES])
+    return pytest.mark.parametrize("family", [x if x in normal else pytest.param(x, marks=LONG) for x in FAMILIES])
 
 
 # what a wrapper does depends on how a family is patched: early stage 1, on the output, line breaks, DeepStack, split
@@ -240,7 +240,7 @@ def test_fsdp2(family, order, process_group):
     check_forward(logits, scene, plain)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=LONG)])
 def test_two_processes(family, tmp_path):
     torch.multiprocessing.spawn(_one_of_two, (family, str(tmp_path / "store")), nprocs=2)
 

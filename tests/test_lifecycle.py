@@ -332,7 +332,7 @@ def test_cache_operations_on_short_layers():
 
 
 def test_compile_does_not_miss_a_later_patch():
-    model = tiny_llava(dtype=torch.float32)
+    model = tiny_llava(dtype=torch.float32, layers=3)
     compiled = torch.compile(model.forward, backend="eager", dynamic=False)
     inputs = inputs_for(model)
     with torch.no_grad():

@@ -110,7 +110,7 @@ def test_ddp(tmp_path):
 
 
 def test_compiled_module_patched_before_and_after():
-    model = tiny_llava(seed=33, dtype=torch.float32)
+    model = tiny_llava(seed=33, dtype=torch.float32, layers=3)
     inputs = batch([IDS], images(1, dtype=torch.float32))
     want = expected(model, IDS, images(1, dtype=torch.float32), tokens=5).logits
     with torch.no_grad():
