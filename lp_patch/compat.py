@@ -12,6 +12,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache
@@ -32,6 +33,11 @@ PREPARE_METHOD = "prepare_inputs_for_generation"
 
 # keywords with bounds of packed sequences, which FlashAttention takes in place of a mask
 PACKED_KEYWORDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def installed() -> tuple[int, ...]:
+    """The version of transformers, major and minor."""
+    return tuple(int(x) for x in transformers.__version__.split(".")[:2])
 
 
 class _Stored:

@@ -11,11 +11,29 @@ from typing import Any, NamedTuple, cast
 
 from torch import Tensor, nn
 
-from .compat import KEYLESS, computes_with, kind_of, makes_masks, merging_module, shares_keys, takes_over, window
+from .compat import (
+    KEYLESS,
+    computes_with,
+    installed,
+    kind_of,
+    makes_masks,
+    merging_module,
+    shares_keys,
+    takes_over,
+    window,
+)
 from .errors import ConfigError, UnsupportedModelError
 from .unfit import UNFIT
 
 ENTRY_POINT_GROUP = "lp_patch.adapters"
+
+
+# built-in types that work with transformers back to 4.57; the others were tried from NEWER on
+TRIED_BEFORE = frozenset(
+    "llava llava_next llava_next_video llava_onevision video_llava llava_llama internvl mistral3 qwen2_vl qwen2_5_vl "
+    "qwen3_vl qwen3_vl_moe idefics3 smolvlm".split()
+)
+NEWER = (5, 23)
 
 
 class Modality(NamedTuple):
@@ -195,6 +213,7 @@ class ModalityPart(NamedTuple):
 
 
 _adapters: dict[str, Adapter] = {}
+_built_in: set[str] = set()
 _broken: dict[str, Exception] = {}  # model types that an installed package claims, and what is wrong with it
 _loaded = False
 
@@ -234,6 +253,7 @@ def _load_adapters() -> None:
         module = import_module(f"lp_patch.adapters.{name}")
         found = module.ADAPTERS if hasattr(module, "ADAPTERS") else (module.ADAPTER,)
         _adapters.update({adapter.model_type: adapter for adapter in found})
+        _built_in.update(adapter.model_type for adapter in found)
     _loaded = True
     for point in entry_points(group=ENTRY_POINT_GROUP):
         claimed = point.name
@@ -311,9 +331,14 @@ def adapter_for(model: Any) -> Adapter | None:
             f"the adapter that an installed package has for the model type {model_type!r} is broken: "
             f"{_broken[model_type]}. Repair that package, or uninstall it"
         ) from _broken[model_type]
+    given = f"{type(model).__name__} (model type {model_type!r})"
+    if model_type in _built_in - TRIED_BEFORE and installed() < NEWER:
+        raise UnsupportedModelError(
+            f"{given} was tried with transformers {'.'.join(map(str, NEWER))} and later, installed is "
+            f"{version('transformers')}: upgrade it"
+        )
     if model_type in _adapters:
         return _adapters[model_type]
-    given = f"{type(model).__name__} (model type {model_type!r})"
     if model_type in UNFIT:
         raise UnsupportedModelError(
             f"{given} cannot be pruned: {UNFIT[model_type]}. lp_patch.supported() lists the model types that can"

@@ -326,7 +326,7 @@ def test_a_budget_that_no_picture_could_keep_to_is_refused_at_apply(family):
         pass
 
 
-@mostly_long("qwen2_5_vl")
+@mostly_long()  # tests/test_wrappers.py and tests/test_lifecycle.py compile LLaVA
 def test_compile(family):
     model, scene = make(family, torch.float32, seed=22)
     plain, inputs = forward(model, scene), scene.forward()

@@ -297,7 +297,7 @@ def test_second_turn_with_a_new_picture(kind):
     options["run"] = shortened if kind == "qwen3_5" else masked
 
     def want_of(visual, scene, **more):
-        features = scene._projected(model) if tiny.projector else None
+        features = scene.projected(model) if tiny.projector else None
         given = {**inputs, "position_ids": ids}
         return masked.expected(model, decoder.layers, decoder, given, visual, features=features, **options, **more)
 

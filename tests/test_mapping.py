@@ -10,6 +10,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as MAPPING
 
 import lp_patch
+from lp_patch import registry
 from lp_patch.unfit import UNFIT
 
 
@@ -71,3 +72,15 @@ def test_what_does_not_fit_is_refused_with_its_reason(model_type):
 @pytest.mark.parametrize("reason", sorted(set(UNFIT.values())))
 def test_a_reason_is_one_clause(reason):
     assert reason[0].islower() and not reason.endswith(".") and len(reason) < 240
+
+
+def test_older_transformers_are_refused_for_types_that_were_not_tried_there(monkeypatch):
+    lp_patch.supported()
+    model, old = SimpleNamespace(config=SimpleNamespace(model_type="gemma3")), SimpleNamespace()
+    old.config = SimpleNamespace(model_type="llava")
+    monkeypatch.setattr(registry, "installed", lambda: (5, 17))
+    with pytest.raises(lp_patch.UnsupportedModelError, match=r"tried with transformers 5\.23 and later, installed is"):
+        registry.adapter_for(model)
+    assert registry.adapter_for(old).family == "LLaVA"
+    monkeypatch.setattr(registry, "installed", lambda: (5, 23))
+    assert registry.adapter_for(model).family == "Gemma 3"

@@ -4,6 +4,8 @@ import pytest
 import torch
 from families import FAMILIES, make
 from tiny import CACHE, V5
+from tiny_models import TYPES
+from tiny_models import make as make_type
 from transformers import CompileConfig, DynamicCache, StaticCache
 
 import lp_patch
@@ -148,3 +150,36 @@ def test_later_turns_on_a_kept_cache(family, compiled):
             want = talk(DynamicCache(config=model.config.get_text_config()), conversation.inputs)
             torch.testing.assert_close(talk(static, conversation.inputs, **extra), want, **CLOSE)
             static.reset()
+
+
+NORMAL_TYPES = ("gemma3", "lfm2_vl")
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        x if x in NORMAL_TYPES else pytest.param(x, marks=[pytest.mark.long, pytest.mark.matrix])
+        for x, tiny in TYPES.items()
+        if tiny.static
+    ],
+)
+def test_one_graph_of_a_type(kind, record_property):
+    """Where the unpatched type's step is one graph, so is the patched one's, for the next prompt too."""
+    torch._dynamo.reset()
+    model, scene = make_type(kind, dtype=torch.float32, seed=70, which=(0, 1))
+    try:
+        if any("experts" in name for name, _ in model.named_modules()):
+            model.set_experts_implementation("batched_mm")  # the one by one does not compile, patched or not
+        config, graphs = steps()
+        generate(model, scene.inputs, cache_implementation="static", compile_config=config)
+    except Exception as error:
+        record_property("cell", f"not applicable: stock does not compile ({type(error).__name__})")
+        return
+    stock = len(graphs)
+    torch._dynamo.reset()
+    with lp_patch.applied(model, tokens=4, layer=TYPES[kind].layer):
+        config, graphs = steps()
+        both(model, scene, config)
+        made = len(graphs)
+        both(model, scene, config)
+    assert made == stock and len(graphs) == made

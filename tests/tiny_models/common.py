@@ -109,11 +109,11 @@ class Scene:
         if RECURRENT & set(getattr(decoder.config, "layer_types", None) or ()):
             given["run"] = shortened
         if self.tiny.projector is not None:
-            given["features"] = self._projected(model)
+            given["features"] = self.projected(model)
         inputs = self.forward(new)
         return masked.expected(model, decoder.layers, decoder, inputs, self.visual, **{**given, **options})
 
-    def _projected(self, model):
+    def projected(self, model):
         """Rows -> visual inputs -> (n, C): what the projector is given of each."""
         seen = []
         module = model.base_model.get_submodule(self.tiny.projector)
