@@ -24,17 +24,15 @@ from torch import Tensor, nn
 from . import cache as kv
 from .attention import KEY, Attended, install_tap
 from .compat import cache_in, causal_mask, full_masks, uncounted
-from .cut import left_mask
 from .errors import UnsupportedInputError
 from .forward import Forward, Tapped
 from .install import Installation, LayerHooks
 from .outputs import finish
 from .planning import EngineState, Planner
-from .prefill import cut_deepstack, cut_input, weigh_queries
+from .prefill import cut_arguments, cut_input, place, position_ids, weigh_queries
 from .read import ENCODED, Call, is_made
 from .refuse import all_real, check_call, check_mask, flat_mask, refuse_counting
 from .registry import RECURRENT, Parts
-from .select import take
 from .settings import Settings
 from .step import Step, is_static_step, static_step, tokens_of
 from .trace import Record
@@ -145,7 +143,7 @@ class Engine(Planner):
         if shift is not None:
             kwargs = {
                 **kwargs,
-                "position_ids": self._position_ids(kwargs, new, tokens.device) - shift.to(tokens.device),
+                "position_ids": position_ids(kwargs, new, tokens.device) - shift.to(tokens.device),
             }
         like = tokens
         if tokens.dim() == 2:
@@ -169,7 +167,7 @@ class Engine(Planner):
         check_mask(mask, cache, new)
         forward = self._start(Forward(self.settings, new, flat_mask(mask, cache, new), cache))
         if tracked:
-            forward.track(masked, seen)
+            forward.finder.track(masked, seen)
         if not masked:  # else the model makes masks for all tokens seen
             kwargs["attention_mask"] = forward.mask_for_all(config, like)
         return args, {**kwargs, KEY: forward}
@@ -218,35 +216,19 @@ class Engine(Planner):
         forward = Forward(settings, length, flat, cache)
         forward.plan, forward.record = plan, record
         if masked or kinds.masked:
-            forward.track(masked, seen)
+            forward.finder.track(masked, seen)
         assert places is not None
-        cut = cut_input(forward, places, features, embeds, self.parts.projector is not None, self._warn)
+        cut_input(forward, places, features, embeds, self.parts.projector is not None, self._warn)
         if weights is not None:
             forward.weights = weigh_queries(forward, prompt, weights)
-        ids = self._position_ids(kwargs, length, embeds.device)
-        shift = kv.shift_of(cache)
-        if compact:
-            ids = ids if shift is None else ids - shift.to(ids.device)
-            visual = torch.from_numpy(plan.visual).to(embeds.device, non_blocking=True)
-            forward.gone = (visual & ~left_mask(cut.where, length)).cumsum(dim=1)
-            shift = forward.gone[:, -1:] + (0 if shift is None else shift.to(embeds.device))
-        forward.shift = shift
-        if self.parts.true_positions:
-            forward.true_ids = ids
-        shortened = take(embeds, cut.index)
-        if cut.valid is not None:
-            # padding slots point at any row, and what was not projected is NaN, which would spread through attention
-            shortened = shortened.masked_fill(~cut.valid[..., None], 0.0)
-        kwargs = {**uncounted(kwargs), **cut_deepstack(kwargs, plan, prompt, cut), "inputs_embeds": shortened}
-        config = self.parts.language_model.config
-        if masked:
-            given = given if made else full_masks(config, embeds, flat, seen)
-        else:
-            given = forward.mask_for_all(config, shortened)
-        for name in self.parts.adapter.per_token:
-            if kwargs.get(name) is not None:
-                kwargs[name] = take(kwargs[name], cut.index)
         # the whole input's position ids: the rotary embedding is made of them, each cut takes its part
+        ids = place(forward, position_ids(kwargs, length, embeds.device), compact, self.parts.true_positions)
+        kwargs = cut_arguments(forward, self.parts, prompt, embeds, kwargs)
+        config = self.parts.language_model.config
+        if not masked:
+            given = forward.mask_for_all(config, kwargs["inputs_embeds"])
+        elif not made:
+            given = full_masks(config, embeds, flat, seen)
         kwargs |= {"attention_mask": given, "position_ids": ids, KEY: forward}
         self._start(forward)
         if kv.is_static(cache):
@@ -257,15 +239,6 @@ class Engine(Planner):
         forward.keep_hooks(after.remove)
         self.show_kept(features)
         return args, kwargs
-
-    @staticmethod
-    def _position_ids(kwargs: dict, new: int, device: torch.device) -> Tensor:
-        """(..., B or 1, new) position ids as the caller counts them; the default is transformers' own."""
-        ids = kwargs.get("position_ids")
-        if ids is not None:
-            return ids.to(device)
-        seen = kv.seen_tokens(cache_in(kwargs))
-        return torch.arange(seen, seen + new, device=device)[None]
 
     # ------------------------------------------------------------------ the decoder layers
 

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,32 +11,15 @@ from torch import Tensor
 from . import cache as kv
 from .attention import KEY, Attended
 from .choose import stage2
-from .compat import causal_mask
-from .cut import Cut, best_cut, keep_cut, take_mask, take_rows, take_tokens, upload
+from .cut import Cut, best_cut, keep_cut, take_rows, take_tokens, upload
 from .errors import UnsupportedInputError
+from .keys import KeyFinder, Keys
 from .plan import Plan
 from .registry import RECURRENT, Kinds
 from .select import take
 from .settings import Settings
 from .strategies import Stage2Input
 from .trace import Record
-
-
-@dataclass(frozen=True)
-class Keys:
-    """What one decoder layer attends to. Layers of one cut and one cache history share it.
-
-    Attributes:
-        valid: (B, P + N) bool over the layer's stored and new keys, or None if all are real.
-        length: P + N.
-        mask: what to hand to the layer, in the form its attention back-end wants.
-        where: (B, P + N) int64, the positions of those keys among all tokens seen, of padding -1, where somebody asks.
-    """
-
-    valid: Tensor | None
-    length: int
-    mask: Any
-    where: Tensor | None = None
 
 
 class Forward:
@@ -55,9 +37,7 @@ class Forward:
         shift: (B, 1) int64, what compact positions lag behind original ones from now on, or None.
         done: whether its output was given back in the input's length.
         true_ids: (..., B or 1, S) position ids for layers that compute with them, or None.
-        masked: whether layers are handed masks over all tokens seen, of which each takes its part.
-        tracked: whether the cache is to know where its tokens stood, for such masks later.
-        seen: tokens before this forward, where tracked.
+        finder: finds what its layers attend to.
     """
 
     def __init__(self, settings: Settings, new: int, flat: Tensor | None, cache: Any) -> None:
@@ -65,9 +45,7 @@ class Forward:
         self.kinds: Kinds = settings.kinds
         self.new, self.flat, self.cache = new, flat, cache
         self.past = kv.stored_tokens(cache, self.kinds.first)
-        self.masked = self.tracked = False
-        self.seen = 0
-        self._fresh = not kv.is_static(cache) and not kv.is_pruned(cache)  # no layer differs from another yet
+        self.finder = KeyFinder(settings.kinds, cache, new, flat)
         self.plan: Plan | None = None
         self.record: Record | None = None
         self.cuts: list[Cut] = []
@@ -79,15 +57,9 @@ class Forward:
         self.shift: Tensor | None = None
         self.done = False
         self.true_ids: Tensor | None = None
-        self._shared: dict[tuple, Keys] = {}
-        self._held: list[Tensor] = []
         self._slots: dict[tuple, kv.Slots] = {}
         self._rotary: dict[tuple, tuple[Tensor, ...]] = {}
         self._ids: dict[int, Tensor] = {}
-
-    def track(self, masked: bool, seen: int) -> None:
-        """Let the cache know where its tokens stand; `masked` and `seen` as above."""
-        self.masked, self.tracked, self.seen = masked, True, seen
 
     def keep_hooks(self, remove: Callable[[], None]) -> None:
         """Hooks that stay as long as this forward does: until it has ended, and its gradient is not needed any more."""
@@ -106,7 +78,7 @@ class Forward:
         Args:
             config: of the language model.
             hidden: (B, N, C) or longer, on the layer's device and in its dtype.
-            given: the mask that the layer was handed: over all tokens seen, where `masked`.
+            given: the mask that the layer was handed.
         """
         if len(self.keys) > index:
             return self.keys[index]
@@ -117,74 +89,17 @@ class Forward:
 
     def mask_for_all(self, config: Any, hidden: Tensor) -> Any:
         """The mask of the first layer with keys, for a language model that looks at one before its layers do."""
-        return self._plain_keys(config, self.kinds.first, hidden).mask
+        return self.finder.plain(config, self.kinds.first, hidden, self.cuts[-1] if self.cuts else None).mask
 
     def _new_keys(self, config: Any, index: int, hidden: Tensor, given: Any) -> Keys:
         cut, cache = (self.cuts[-1] if self.cuts else None), self.cache
-        hidden = hidden if cut is None else hidden[:, : cut.length]
-        if self.kinds.names[index] == RECURRENT:
-            return self._state_keys(cut, hidden)
-        masked = self.masked and given is not None
-        keys = self._masked_keys(index, hidden, given) if masked else self._plain_keys(config, index, hidden)
-        if cut is not None and self.plan is not None and kv.is_static(cache):
-            key = self._key(index)
+        keys = self.finder.find(config, index, hidden, given, cut)
+        if cut is not None and self.plan is not None and kv.is_static(cache) and self.kinds.names[index] != RECURRENT:
+            key = self.finder.history(index, cut)
             self._slots[key] = kv.prepare_slots(
                 cache, index, cut.where, cut.pick, self.past, self.new, self.plan.tail, self._slots.get(key)
             )
         return keys
-
-    def _key(self, index: int) -> tuple:
-        """Layers with equal ones hold equal tokens."""
-        own = () if self._fresh else kv.history(self.cache, index)
-        return len(self.cuts), own, kv.stored_tokens(self.cache, index) if self.tracked else None
-
-    def _valid(self, index: int) -> Tensor | None:
-        cut = self.cuts[-1] if self.cuts else None
-        fresh = None if cut is None else (cut.valid, cut.length)
-        return kv.valid_keys(self.cache, index, self.flat, self.new, fresh)
-
-    def _plain_keys(self, config: Any, index: int, hidden: Tensor) -> Keys:
-        """Keys of a layer that sees all tokens before its own."""
-        key = self._key(index)
-        if key not in self._shared:
-            valid, past = self._valid(index), kv.stored_tokens(self.cache, index)
-            where = self._columns(index, hidden) if self.tracked else None
-            self._shared[key] = Keys(valid, past + hidden.shape[1], causal_mask(config, hidden, valid, past), where)
-        return self._shared[key]
-
-    def _masked_keys(self, index: int, hidden: Tensor, given: Any) -> Keys:
-        """Keys of a layer whose mask was made for all tokens seen."""
-        key = (*self._key(index), id(given))
-        if key not in self._shared:
-            if not isinstance(given, Tensor) or given.dim() != 4:
-                raise UnsupportedInputError(
-                    f"decoder layer {index + 1} looks at what its mask says, which is to be (batch, heads, queries, "
-                    f"keys) where tokens were pruned, got {type(given).__name__}: use "
-                    'model.set_attn_implementation("sdpa")'
-                )
-            columns = self._columns(index, hidden).to(given.device)
-            # its last column is the last token, its first one need not be the first; of a static cache, slots follow
-            first = 0 if kv.is_static(self.cache) else self.seen + self.new - given.shape[3]
-            mask = take_mask(given, self.cuts[-1].where.to(given.device) if self.cuts else None, columns - first)
-            self._shared[key] = Keys(self._valid(index), columns.shape[1], mask, columns)
-            self._held.append(given)  # so that no other takes its id
-        return self._shared[key]
-
-    def _columns(self, index: int, hidden: Tensor) -> Tensor:
-        """(B, P + N) int64: the positions of the keys of a layer with this input (B, N, C), of padding -1."""
-        past = kv.positions(self.cache, index, self.seen, len(hidden), hidden.device)
-        if self.cuts:
-            own = self.cuts[-1].where.to(hidden.device)
-        else:
-            own = torch.arange(self.new, device=hidden.device).expand(len(hidden), -1)
-        return torch.cat([past, torch.where(own < 0, own, own + self.seen)], dim=1)
-
-    def _state_keys(self, cut: Cut | None, hidden: Tensor) -> Keys:
-        """For a layer whose state runs along: which of its new tokens are real, (B, N) int64; None if all are."""
-        length = hidden.shape[1]
-        valid = cut.valid if cut is not None else None if self.flat is None else self.flat[:, -length:]
-        mask = None if valid is None or length == 1 else valid.to(hidden.device, torch.long)
-        return Keys(None, length, mask)
 
     def enter(self, config: Any, index: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         """The arguments of decoder layer `index`: its own tokens, mask and positions; `config`: of its model."""
@@ -257,7 +172,7 @@ class Forward:
         assert weights is not None and self.plan is not None
         query, key, mask = seen.query, seen.key, seen.mask
         key_mask = None if keys.valid is None else keys.valid.to(key.device)
-        if self.masked and isinstance(mask, Tensor):  # what these queries see is no matter of order alone
+        if self.finder.masked and isinstance(mask, Tensor):  # what these queries see is no matter of order alone
             rows = mask[:, 0, -weights.shape[1] :, : keys.length].to(key.device)
             key_mask = rows if rows.dtype == torch.bool else rows > torch.finfo(rows.dtype).min / 2
         given = Stage2Input(

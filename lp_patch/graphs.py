@@ -27,8 +27,9 @@ from .compat import CACHE, cache_in
 from .cut import Cut
 from .engine import Engine
 from .errors import UnsupportedModelError
-from .forward import Forward, Keys
+from .forward import Forward
 from .install import Installation, owner
+from .keys import Keys
 from .plan import Plan
 from .read import Chosen, Encoding
 from .registry import Parts
@@ -350,7 +351,7 @@ class CompiledEngine(Engine):
         cache, config = cache_in(kwargs), self.parts.language_model.config
         implementation = config._attn_implementation or "sdpa"
         more = [x for x, value in kwargs.items() if x not in _KNOWN and value is not None and value is not False]
-        if forward.tracked or not self.settings.kinds.plain:
+        if forward.finder.tracked or not self.settings.kinds.plain:
             return "a model with windows or with layers without keys"
         if len(forward.cuts[0].where) > 1:
             return "a batch of several rows"

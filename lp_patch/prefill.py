@@ -6,13 +6,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import cache as kv
 from .choose import stage1_apart
+from .compat import cache_in, uncounted
 from .cut import Cut, first_cut, left_mask, upload
 from .errors import UnsupportedInputError
 from .forward import Forward
 from .plan import Feature, Loss, Places, Plan, asking_tokens, query_slots
 from .prompt import Prompt
 from .read import chosen_of
+from .registry import Parts
 from .select import take
 from .strategies import SCORERS
 from .trace import InputScores
@@ -111,6 +114,47 @@ def weigh_queries(forward: Forward, prompt: Prompt, weights: np.ndarray) -> Tens
     text, visual = (torch.from_numpy(x).to(device, non_blocking=True) for x in asking_tokens(prompt))
     asked = take(weigh(text, visual, left) * left * visual.any(dim=1, keepdim=True), cut.index)
     return asked if cut.valid is None else asked * cut.valid
+
+
+def position_ids(kwargs: dict, new: int, device: torch.device) -> Tensor:
+    """(..., B or 1, new) position ids as the caller counts them; the default is transformers' own."""
+    ids = kwargs.get("position_ids")
+    if ids is not None:
+        return ids.to(device)
+    seen = kv.seen_tokens(cache_in(kwargs))
+    return torch.arange(seen, seen + new, device=device)[None]
+
+
+def place(forward: Forward, ids: Tensor, compact: bool, true: bool) -> Tensor:
+    """Where survivors of the first cut stand: the whole input's ids (..., B or 1, S), less what a pruned cache lags.
+
+    Args:
+        compact: whether they are numbered consecutively.
+        true: whether the layers compute with ids themselves.
+    """
+    shift, cut, plan, length = kv.shift_of(forward.cache), forward.cuts[0], forward.plan, ids.shape[-1]
+    assert plan is not None
+    if compact:
+        ids = ids if shift is None else ids - shift.to(ids.device)
+        visual = torch.from_numpy(plan.visual).to(ids.device, non_blocking=True)
+        forward.gone = (visual & ~left_mask(cut.where, length)).cumsum(dim=1)
+        shift = forward.gone[:, -1:] + (0 if shift is None else shift.to(ids.device))
+    forward.shift = shift
+    if true:
+        forward.true_ids = ids
+    return ids
+
+
+def cut_arguments(forward: Forward, parts: Parts, prompt: Prompt, embeds: Tensor, kwargs: dict) -> dict:
+    """The language model's arguments for what stage 1 leaves of its input (B, S, D), but for mask and positions."""
+    cut, plan = forward.cuts[0], forward.plan
+    assert plan is not None
+    shortened = take(embeds, cut.index)
+    if cut.valid is not None:
+        # padding slots point at any row, and what was not projected is NaN, which would spread through attention
+        shortened = shortened.masked_fill(~cut.valid[..., None], 0.0)
+    own = {name: take(kwargs[name], cut.index) for name in parts.adapter.per_token if kwargs.get(name) is not None}
+    return {**uncounted(kwargs), **cut_deepstack(kwargs, plan, prompt, cut), **own, "inputs_embeds": shortened}
 
 
 def cut_deepstack(kwargs: dict, plan: Plan, prompt: Prompt, cut: Cut) -> dict:

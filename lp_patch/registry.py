@@ -30,8 +30,10 @@ ENTRY_POINT_GROUP = "lp_patch.adapters"
 
 # built-in types that work with transformers back to 4.57; the others were tried from NEWER on
 TRIED_BEFORE = frozenset(
-    "llava llava_next llava_next_video llava_onevision video_llava llava_llama internvl mistral3 qwen2_vl qwen2_5_vl "
-    "qwen3_vl qwen3_vl_moe idefics3 smolvlm".split()
+    {
+        *("llava", "llava_next", "llava_next_video", "llava_onevision", "video_llava", "llava_llama", "internvl"),
+        *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "idefics3", "smolvlm", "mistral3"),
+    }
 )
 NEWER = (5, 23)
 
