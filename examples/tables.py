@@ -184,8 +184,8 @@ def details() -> str:
             "# Model types",
             "",
             "Made by `python examples/tables.py` from what the tests said (`make matrix`). Each type's tiny random "
-            "model is compared with the untouched one whose removed tokens are masked, or, where layers keep a state, whose "
-            "rows are really shortened: what is kept, and every logit, in float64.",
+            "model is compared with the untouched one whose removed tokens are masked, or, where layers keep a state, "
+            "whose rows are really shortened: what is kept, and every logit, in float64.",
             "",
             "## All",
             "",
