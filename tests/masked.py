@@ -72,9 +72,10 @@ def masks(inputs, hidden, stock, dtype, end=None):
 
 
 @contextmanager
-def hiding(model, layers, inputs, hidden, end=None):
+def hiding(model, layers, inputs, hidden, end=None, stock=None):
     """Within the block, the layers use our masks."""
-    own = masks(inputs, hidden, stock_masks(model, layers, inputs), model.dtype, end)
+    stock = stock_masks(model, layers, inputs) if stock is None else stock
+    own = masks(inputs, hidden, stock, model.dtype, end)
 
     def replace(mask):
         return lambda module, args, kwargs: (args, {**kwargs, "attention_mask": mask})
@@ -87,21 +88,21 @@ def hiding(model, layers, inputs, hidden, end=None):
 
 
 @torch.no_grad()
-def masked_logits(model, layers, inputs, hidden=(), end=None):
+def masked_logits(model, layers, inputs, hidden=(), end=None, stock=None):
     """(B, S, vocab) of the untouched model."""
-    with hiding(model, layers, inputs, hidden, end):
+    with hiding(model, layers, inputs, hidden, end, stock):
         return model(**inputs, use_cache=False).logits
 
 
 @torch.no_grad()
-def attention_map(model, layers, inputs, hidden, index, attention="self_attn", end=None):
+def attention_map(model, layers, inputs, hidden, index, attention="self_attn", end=None, stock=None):
     """(B, H, S, S) of decoder layer `index`, after the softmax. Runs eagerly, whatever the model runs with."""
     found = []
     before = model.get_decoder().config._attn_implementation  # some wholes do not follow their parts
     handle = layers[index].get_submodule(attention).register_forward_hook(lambda *call: found.append(call[-1][1]))
     try:
         model.set_attn_implementation("eager")
-        masked_logits(model, layers, inputs, hidden, end)
+        masked_logits(model, layers, inputs, hidden, end, stock)
     finally:
         handle.remove()
         model.set_attn_implementation(before)
@@ -162,6 +163,7 @@ def expected(
     pictures choose no more; `visual` has those of this turn. `run`: a module with `masked_logits` and `attention_map`
     for models on which nothing can be hidden; None: this one.
     """
+    given = {"stock": stock_masks(model, layers, inputs)} if run is None else {}
     run = sys.modules[__name__] if run is None else run
     n_layers = len(layers)
     k = layer or min(max(round(0.375 * n_layers), 1), n_layers - 1)
@@ -196,7 +198,7 @@ def expected(
     stay2, scores2 = [], []
     maps = None
     if stage_ratio > 1 and any(sum(r2 for _, r2 in b) < len(x) for b, x in zip(budgets, kept, strict=True)):
-        maps = run.attention_map(model, layers, inputs, [*earlier, (0, first)], k - 1, attention, end)
+        maps = run.attention_map(model, layers, inputs, [*earlier, (0, first)], k - 1, attention, end, **given)
     for row, own in enumerate(visual):
         wanted = sum(r2 for _, r2 in budgets[row])
         stay, scores = kept[row], {}
@@ -214,7 +216,7 @@ def expected(
     gone = torch.stack([gone for _, gone in hidden]).any(dim=0)
     numbers = [{p: i for i, p in enumerate(sorted(p for x in own for p in x))} for own in visual]
     return Expected(
-        run.masked_logits(model, layers, inputs, hidden, end),
+        run.masked_logits(model, layers, inputs, hidden, end, **given),
         [[n[p] for p in x] for n, x in zip(numbers, kept, strict=True)],
         [[n[p] for p in x] for n, x in zip(numbers, stay2, strict=True)],
         scores1,
