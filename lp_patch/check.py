@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .config import make_config
 from .errors import UnsupportedModelError
-from .patch import Patch
+from .handle import Patch
 from .registry import IMAGE, RECURRENT, VIDEO, Adapter, Parts, adapter_for, find_parts, unwrap
 from .settings import resolve
 from .twin import Batch, make_batch, make_twin, stand_in
