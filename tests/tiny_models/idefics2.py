@@ -1,5 +1,7 @@
 """Idefics2: pictures of any size through a perceiver, whole or in five tiles; a row's pictures share a tensor."""
 
+from functools import partial
+
 import torch
 from transformers import Idefics2Config
 
@@ -8,7 +10,7 @@ from .common import IMAGE, START, Picture, Tiny, pixels, placeholders, text_conf
 LATENTS, PATCH, SIDE = 9, 4, 16
 
 
-def config():
+def config(window=None):
     vision = {
         "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
         "image_size": SIDE, "patch_size": PATCH,
@@ -18,7 +20,7 @@ def config():
         "num_key_value_heads": 1, "hidden_size": 32,
     }  # fmt: skip
     return Idefics2Config(
-        vision_config=vision, perceiver_config=perceiver, text_config=text_config("mistral", sliding_window=None),
+        vision_config=vision, perceiver_config=perceiver, text_config=text_config("mistral", sliding_window=window),
         image_token_id=IMAGE,
     )  # fmt: skip
 
@@ -51,8 +53,8 @@ def collate(rows):
     }
 
 
+ROWS = ((3, (5,), 5), (2, (1, 16, 8), (1, 8, 12, True), 1, (1,), 3), (6,))
 TYPES = {
-    "idefics2": Tiny(
-        config, picture, rows=((3, (5,), 5), (2, (1, 16, 8), (1, 8, 12, True), 1, (1,), 3), (6,)), collate=collate
-    )
+    "idefics2": Tiny(config, picture, ROWS, collate=collate),
+    "idefics2:window": Tiny(partial(config, 8), picture, ROWS, collate=collate, static=False),
 }
