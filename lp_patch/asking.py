@@ -44,6 +44,8 @@ class Asking:
     def around_generate(self, wrapped: Callable, instance: Any, args: tuple, kwargs: dict) -> Any:
         """Wraps generate(): only inside it is anything generated; an assistant may be the same model."""
         local = self.state.local
+        if not local.generating:
+            local.call = None  # what a forward that failed has left
         before, local.generating, local.width = (local.generating, local.width), True, None
         try:
             return wrapped(*args, **kwargs)

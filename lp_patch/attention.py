@@ -50,10 +50,8 @@ Observer = Callable[[Any, Attended], Tensor | None]
 class BackEndName(str):
     """The tap's name, for a module that compares it with names of back-ends: equal to the one behind it as well."""
 
-    behind: str
-
     def __eq__(self, other: object) -> bool:
-        return str.__eq__(self, other) is True or other == self.behind
+        return str.__eq__(self, other) is True or str(self).partition("|")[2] == other
 
     def __ne__(self, other: object) -> bool:
         return not self == other
@@ -78,9 +76,7 @@ class TappedConfig:
         behind = self._tapped._attn_implementation
         if not self._compared:
             return tap_name(behind)
-        name = BackEndName(tap_name(behind))
-        name.behind = behind
-        return name
+        return BackEndName(tap_name(behind))
 
     def __getattr__(self, name: str) -> Any:
         if name == "_tapped":  # half unpickled
@@ -144,8 +140,13 @@ def check_tappable(attention: nn.Module, path: str) -> None:
         )
 
 
-def check_rotary(attention: nn.Module, path: str) -> None:
+def check_rotary(attention: Any, rotary: Any, path: str) -> None:
     """Refuse a rotary embedding that does not pair the first half of a head with the second, as Llama's does."""
+    frequencies, width = getattr(rotary, "inv_freq", None), getattr(attention, "head_dim", None)
+    if rotary is None or (frequencies is not None and width is not None and 2 * len(frequencies) != width):
+        raise UnsupportedModelError(
+            f"{path} ({type(attention).__name__}) rotates no query and key, or a part of them: use another text_scorer"
+        )
     rotate_half = getattr(sys.modules[type(attention).__module__], "rotate_half", None)
     if rotate_half is None or rotate_half(torch.arange(4.0)).tolist() != [-2.0, -3.0, 0.0, 1.0]:
         raise UnsupportedModelError(

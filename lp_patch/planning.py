@@ -86,7 +86,10 @@ class Planner(EarlyStage):
     def encoded(self, call: Call) -> None:
         """All images of a call may be encoded, and the device busy with them: plan meanwhile."""
         if call.host is not None and len(call.features) == call.expected:
-            call.planned = self._plan(call)
+            try:
+                call.planned = self._plan(call)
+            except UnsupportedInputError:  # perhaps of a forward that failed before: this one's will ask again
+                call.planned = None
 
     def _plan(self, call: Call) -> Planned:
         flat, named, host = call.host

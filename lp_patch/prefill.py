@@ -149,10 +149,13 @@ def cut_arguments(forward: Forward, parts: Parts, prompt: Prompt, embeds: Tensor
     """The language model's arguments for what stage 1 leaves of its input (B, S, D), but for mask and positions."""
     cut, plan = forward.cuts[0], forward.plan
     assert plan is not None
-    shortened = take(embeds, cut.index)
-    if cut.valid is not None:
-        # padding slots point at any row, and what was not projected is NaN, which would spread through attention
-        shortened = shortened.masked_fill(~cut.valid[..., None], 0.0)
+    if cut.valid is None:
+        shortened = take(embeds, cut.index)
+    else:
+        # padding repeats the row's first token: any other may be NaN, as it was not projected, which would spread; and
+        # zeros have no gradient in some norms
+        shortened = take(embeds, cut.index.gather(1, cut.pick))  # type: ignore[arg-type]
+        shortened = torch.where(cut.valid[..., None], shortened, shortened.nan_to_num())
     own = {name: take(kwargs[name], cut.index) for name in parts.adapter.per_token if kwargs.get(name) is not None}
     return {**uncounted(kwargs), **cut_deepstack(kwargs, plan, prompt, cut), **own, "inputs_embeds": shortened}
 

@@ -127,7 +127,11 @@ def check_mask(mask: Any, cache: Any, new: int) -> None:
     raise UnsupportedInputError(
         "a pruned prompt needs the 2-D attention mask (batch, tokens) or None, got "
         + (f"one of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__)
-        + (", which generate() made for a static cache: use another attn_implementation" if kv.is_static(cache) else "")
+        + (
+            ", which generate() made for a static cache: use a dynamic one, or another attn_implementation"
+            if kv.is_static(cache)
+            else ""
+        )
     )
 
 

@@ -86,11 +86,11 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
     if config.stage_ratio > 1:
         check_tappable(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
         if text_scorer.unrotates:
-            check_rotary(parts.attention[layer - 1], f"the attention of decoder layer {layer}")
-    if config.positions == "compact" and parts.kinds.masked:
+            check_rotary(parts.attention[layer - 1], parts.rotary, f"the attention of decoder layer {layer}")
+    if config.positions == "compact" and (parts.kinds.masked or parts.blocks):
         raise ConfigError(
-            f'positions="compact" has no meaning for {parts.adapter.family}, whose layers count how far back they '
-            'look: use positions="original"'
+            f'positions="compact" has no meaning for {parts.adapter.family}, whose layers look at what their masks '
+            'say: use positions="original"'
         )
     if config.positions == "compact" and hasattr(parts.rotary, "mrope_section"):
         raise ConfigError(

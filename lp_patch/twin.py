@@ -135,6 +135,9 @@ def make_batch(
     for i, row in enumerate(rows):
         padded[i, length - len(row) :], mask[i, length - len(row) :] = torch.tensor(row), 1
     inputs: dict[str, Any] = {"input_ids": padded, "attention_mask": mask}
+    for name in inspect.signature(twin.forward).parameters:
+        if name.endswith("token_type_ids"):  # what some models tell visual tokens by, or route them
+            inputs[name] = (padded == placeholder).int()
     if features:
         inputs["pixel_values"] = torch.zeros(len(features), 3, 2, 2, dtype=twin.dtype)
     return Batch(inputs, features, padded == placeholder)

@@ -62,23 +62,20 @@ class Case:
 
 @pytest.fixture
 def torchvision(monkeypatch):
-    """What image processors need of it, on torch."""
+    """What image processors need of it, on torch; a picture is resized by its nearest pixels."""
     names = ["torchvision", "torchvision.transforms", "torchvision.transforms.v2"]
     functional = ModuleType("functional")
-    functional.InterpolationMode = SimpleNamespace(BILINEAR="bilinear", BICUBIC="bicubic", LANCZOS="lanczos")
+    functional.InterpolationMode = SimpleNamespace(BILINEAR="", LANCZOS="")
     functional.normalize = lambda image, mean, std, inplace: (image - mean[:, None, None]) / std[:, None, None]
     functional.pad = lambda image, sides, fill, padding_mode: pad(image, (sides[0], sides[2], sides[1], sides[3]))
-    functional.resize = lambda image, size, interpolation, antialias: (
-        interpolate(image.float().flatten(0, -3)[None], size=tuple(size))[0]
-        .view(*image.shape[:-2], *size)
-        .to(image.dtype)
+    functional.resize = lambda image, size, **how: (
+        interpolate(image.float().flatten(0, -3)[None], size=size)[0].view(*image.shape[:-2], *size).to(image.dtype)
     )
     for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     sys.modules[names[-1]].functional = functional
     monkeypatch.setattr(image_processing_backends, "tvF", functional, raising=False)
-    modes = dict.fromkeys(range(6), "bilinear")
-    monkeypatch.setattr(image_processing_backends, "pil_torch_interpolation_mapping", modes)
+    monkeypatch.setattr(image_processing_backends, "pil_torch_interpolation_mapping", dict.fromkeys(range(6)))
 
 
 def found(name):
@@ -113,7 +110,7 @@ def processor_of(case):
 
 def model_of(kind, case):
     """The type's tiny model with the tokenizer's vocabulary."""
-    tiny = TYPES[kind.removesuffix(":whole")]
+    tiny = TYPES[kind]
 
     def config():
         made = tiny.config()
@@ -148,6 +145,7 @@ GRID = {"patch_size": 4, "merge_size": 2, "size": {"shortest_edge": 64, "longest
 PAGES = {"patch_size": square(8), "size": {"longest_edge": 64}}
 TILES = {"size": square(24), "crop_to_patches": True, "min_patches": 1, "max_patches": 4}
 GOT = ("GotOcr2ImageProcessorPil", TILES)
+SIXTEEN = {"num_image_tokens": 16}
 ONE = {"counts": ([16], [16], [16])}
 MERGED = {"counts": ([18], [9], [27])}  # 2 x 2 patches of 4 x 4 pixels
 TILED = {"counts": ([27], [9], [36])}  # 9 a tile or thumbnail
@@ -198,13 +196,12 @@ CASES = {
         "image=<image> - boi=<start> eoi=<end> img_line_break=<line>", "<image>", **TILED,
     ),
     "deepseek_vl": Case(
-        "DeepseekVLProcessor", ("DeepseekVLImageProcessorPil", {"size": square(28)}), **LLAVA,
-        options={"num_image_tokens": 16},
+        "DeepseekVLProcessor", ("DeepseekVLImageProcessorPil", {"size": square(28)}), **LLAVA, options=SIXTEEN,
     ),
     "deepseek_vl_hybrid": Case(
         "DeepseekVLHybridProcessor",
         ("DeepseekVLHybridImageProcessorPil", {"size": square(28), "high_res_size": square(64)}), **LLAVA,
-        options={"num_image_tokens": 16},
+        options=SIXTEEN,
     ),
     "deepseek_ocr2": Case(
         "DeepseekOcr2Processor",
@@ -259,7 +256,7 @@ CASES = {
     ),
     "janus": Case(
         "JanusProcessor", ("JanusImageProcessorPil", {"size": square(28)}), "image=<image> - boi=<boi> eoi=<eoi>",
-        "<image>", **ONE, options={"num_image_tokens": 16},
+        "<image>", **ONE, options=SIXTEEN,
     ),
     "kimi_k25": Case(
         "Kimi_K25Processor",
@@ -331,7 +328,7 @@ CASES = {
 @pytest.mark.parametrize("kind", CASES)
 def test_processor_to_generate(kind, torchvision):
     """Two rows, of one picture and of two: every token is some picture's, and what every picture keeps."""
-    case = CASES[kind]
+    case, kind = CASES[kind], kind.removesuffix(":whole")
     model, processor = model_of(kind, case), processor_of(case)
     pictures = [picture(*size, seed) for seed, size in enumerate(case.sizes)]
     ask = "What is in the picture?"
@@ -342,8 +339,7 @@ def test_processor_to_generate(kind, torchvision):
     rows = [case.counts[0], case.counts[1] + case.counts[2]]
     with torch.no_grad():
         plain = model(**inputs).logits
-    layer = TYPES[kind.removesuffix(":whole")].layer
-    with lp_patch.applied(model, tokens=STAGE2, stage_ratio=2, layer=layer) as patch, torch.no_grad():
+    with lp_patch.applied(model, tokens=STAGE2, stage_ratio=2, layer=TYPES[kind].layer) as patch, torch.no_grad():
         logits = model(**inputs).logits
         trace = patch.trace
         said = model.generate(**inputs, max_new_tokens=NEW, do_sample=False)

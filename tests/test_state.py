@@ -360,3 +360,25 @@ def test_pictures_alone_are_not_wiped_away():
         model(**alone)
     with lp_patch.applied(model, **OPTIONS), torch.no_grad():
         assert model(**inputs).logits.isfinite().all()
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl", "llava_next"])
+def test_a_forward_that_failed_leaves_nothing_to_the_next_prompt(family):
+    """generate() encodes pictures before its forward: not into what the failed one has left."""
+    model, several = make(family, torch.float32, (1,), seed=5)
+    _, one = make(family, torch.float32, (0,), seed=5)
+    part = model.get_decoder()
+
+    def fail(module, args, kwargs):
+        raise RuntimeError("out of memory")
+
+    with lp_patch.applied(model, tokens=4), torch.no_grad():
+        want = model.generate(**one.inputs, max_new_tokens=2, do_sample=False)
+        # the first hook of all: lp_patch's own has not seen this call
+        handle = part.register_forward_pre_hook(fail, with_kwargs=True, prepend=True)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            model(**several.forward())
+        handle.remove()
+        base = lp_patch.registry.find_parts(model).base
+        base.get_image_features(**{n: x for n, x in one.inputs.items() if n.startswith(("pixel_values", "image_"))})
+        assert torch.equal(model.generate(**one.inputs, max_new_tokens=2, do_sample=False), want)

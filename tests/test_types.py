@@ -168,3 +168,20 @@ def test_nothing_to_prune(kind):
         assert torch.equal(generate(model, scene).sequences, said)
     with lp_patch.applied(model, **options(kind)):
         assert torch.equal(forward(model, text), plain_text)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n", "gemma3", "qwen3_5", "mistral_large4"])
+def test_gradients_of_a_padded_batch(kind):
+    """All finite: padding slots hold what norms have a slope at."""
+    model, scene = make(kind, seed=8)
+    with lp_patch.applied(model, **options(kind)):
+        model(**scene.forward(), labels=scene.inputs["input_ids"], use_cache=False).loss.backward()
+    found = [x.grad for x in model.parameters() if x.grad is not None]
+    assert len(found) > 20 and all(x.isfinite().all() for x in found)
+
+
+def test_compiled_where_a_layer_compares_names_of_back_ends():
+    model, scene = make("mistral_large4", seed=9, dtype=torch.float32, which=(0,))
+    with lp_patch.applied(model, **options("mistral_large4")), torch.no_grad():
+        compiled = torch.compile(model, backend="eager")(**scene.forward()).logits
+        torch.testing.assert_close(compiled, forward(model, scene))
