@@ -87,6 +87,7 @@ def benchmark(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.long  # half a minute
 def test_benchmark_rows(benchmark: Path) -> None:
     rows = read(benchmark)
     metrics = {"vision_tower", "prefill", "decode", "generate", "kv_cache", "selection", "scoring", "both_stages"}
@@ -170,6 +171,7 @@ def test_benchmark_on_a_gpu_is_the_script_for_it(monkeypatch: pytest.MonkeyPatch
         benchmark.main()
 
 
+@pytest.mark.long  # half a minute
 def test_benchmark_plot_needs_only_the_file(benchmark: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.csv"
     copy.write_text(benchmark.read_text())
@@ -177,6 +179,7 @@ def test_benchmark_plot_needs_only_the_file(benchmark: Path, tmp_path: Path) -> 
     assert copy.with_suffix(".png").read_bytes() == benchmark.with_suffix(".png").read_bytes()
 
 
+@pytest.mark.long
 def test_benchmark_profile_accounts_for_the_patch(tmp_path: Path) -> None:
     path = tmp_path / "profile.csv"
     run("benchmark.py", "--quick", "--profile", "--output", path)
@@ -284,6 +287,7 @@ def run_evaluation(folder: Path) -> str:
     return run("evaluate.py", *few, "--output", folder / "evaluation.csv")
 
 
+@pytest.mark.long  # half a minute
 def test_evaluation_resumes(evaluation: Path) -> None:
     assert "6 cells, 6 to measure" in run_evaluation(evaluation)
     first = read(evaluation / "evaluation.csv")

@@ -62,7 +62,7 @@ def compile_for(monkeypatch, tmp_path):
 
 
 @compiled
-@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (9, 0)])
+@pytest.mark.parametrize("capability", [(7, 5), pytest.param((8, 0), marks=pytest.mark.long), (9, 0)])
 def test_cosines_compile(compile_for, capability):
     compile_for(capability)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):

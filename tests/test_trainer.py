@@ -389,6 +389,7 @@ def example(*options, processes=1):
     return done.stdout + done.stderr
 
 
+@pytest.mark.long  # half a minute
 def test_the_example_under_torchrun_with_two_processes(tmp_path, data):
     out = tmp_path / "pruner"
     (data.parent / "3.png").unlink()

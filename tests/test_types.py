@@ -180,6 +180,7 @@ def test_gradients_of_a_padded_batch(kind):
     assert len(found) > 20 and all(x.isfinite().all() for x in found)
 
 
+@pytest.mark.long
 def test_compiled_where_a_layer_compares_names_of_back_ends():
     model, scene = make("mistral_large4", seed=9, dtype=torch.float32, which=(0,))
     with lp_patch.applied(model, **options("mistral_large4")), torch.no_grad():
