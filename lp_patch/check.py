@@ -166,7 +166,7 @@ class Trial:
     """A twin, a batch for it, and what is asked of both."""
 
     def __init__(self, twin: Any, adapter: Adapter) -> None:
-        self.twin, self.adapter = twin, adapter
+        self.twin = twin
         self.parts = find_parts(twin, adapter)
         self.encoders = [stand_in(self.parts.base, m.encode) for m in self.parts.modalities]
         self.attention = "sdpa"

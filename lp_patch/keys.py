@@ -76,7 +76,6 @@ class KeyFinder:
         """Keys of a layer that sees all tokens before its own."""
         key = self.history(index, cut)
         if key not in self._shared:
-            hidden = hidden if cut is None else hidden[:, : cut.length]
             valid, past = self._valid(index, cut), kv.stored_tokens(self.cache, index)
             where = self._columns(index, hidden, cut) if self.tracked else None
             self._shared[key] = Keys(valid, past + hidden.shape[1], causal_mask(config, hidden, valid, past), where)
