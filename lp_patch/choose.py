@@ -1,19 +1,38 @@
 """Running the strategies: which tokens stage 1 keeps, and what stage 2 thinks of those that are left."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from .budget import StageBudget
+from .config import PruningConfig
 from .errors import ConfigError
+from .pruner import LearnablePruner
 from .select import select_tokens
 from .settings import Settings
 from .strategies import Reading, Scorer, Stage1Input, Stage2Input
 
 
+class Pruning(Protocol):
+    """What stage 1 reads of the settings."""
+
+    @property
+    def config(self) -> PruningConfig:
+        """The options."""
+
+    @property
+    def pruner(self) -> LearnablePruner | None:
+        """Trained weights."""
+
+    def budget(self, present: int) -> StageBudget:
+        """What a visual input of `present` tokens keeps."""
+
+
 def stage1(
-    settings: Settings, scorer: Scorer, features: Tensor, attention: dict[Reading, Tensor]
+    settings: Pruning, scorer: Scorer, features: Tensor, attention: dict[Reading, Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Choose among the tokens of equally long visual inputs.
 
@@ -45,14 +64,15 @@ def stage1(
 
 
 def stage1_apart(
-    settings: Settings, scorer: Scorer, features: Sequence[Tensor]
+    settings: Pruning, scorer: Scorer, features: Sequence[Tensor], attention: Mapping[Reading, Sequence[Tensor]] = {}
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The same for inputs of any lengths, (N, C) each: indices (R1,) and scores (N,) of each."""
+    """The same for inputs of any lengths, (N, C) and attention (N,) each: indices (R1,) and scores (N,) of each."""
     indices: list[Tensor | None] = [None] * len(features)
     scores: list[Tensor | None] = [None] * len(features)
     for present in sorted({len(x) for x in features}):
         same = [i for i, x in enumerate(features) if len(x) == present]
-        index, score = stage1(settings, scorer, torch.stack([features[i] for i in same]), {})
+        seen = {reading: torch.stack([x[i] for i in same]) for reading, x in attention.items()}
+        index, score = stage1(settings, scorer, torch.stack([features[i] for i in same]), seen)
         for number, i in enumerate(same):
             indices[i] = None if index is None else index[number]
             scores[i] = None if score is None else score[number]

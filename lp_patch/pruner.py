@@ -304,15 +304,20 @@ def find_pruner(config: Any, width: int) -> LearnablePruner | None:
     Raises:
         PrunerError: there is one and it cannot be loaded, or it reads another width.
     """
-    name = _name(config)
-    inside = Path(name) / CHECKPOINT_FOLDER
-    source = inside if name and inside.is_dir() else KNOWN_PRUNERS.get(name)
+    name, source = _name(config), pruner_source(config)
     if source is None:
         return None
     try:
         return LearnablePruner.from_pretrained(source, width=width)
     except PrunerError as error:
         raise PrunerError(f'the pruner of {name!r} (scorer="diversity" prunes without it): {error}') from error
+
+
+def pruner_source(config: Any) -> Path | str | None:
+    """Where the pruner of a checkpoint lies, as `find_pruner` looks for it: a folder, a Hub id, or None."""
+    name = _name(config)
+    inside = Path(name) / CHECKPOINT_FOLDER
+    return inside if name and inside.is_dir() else KNOWN_PRUNERS.get(name)
 
 
 def _name(config: Any) -> str:

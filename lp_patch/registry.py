@@ -413,6 +413,13 @@ def find_parts(model: object, adapter: Adapter | None = None) -> Parts:
     )
 
 
+def features_width(config: Any) -> int:
+    """The width of the features that stage 1 reads, from the config of a model whose type is declared."""
+    _load_adapters()
+    adapter = _adapters[config.model_type]
+    return config.get_text_config().hidden_size if adapter.width is None else adapter.width(config)
+
+
 def find_kinds(layers: tuple[nn.Module, ...], path: str, config: Any) -> Kinds:
     """What each decoder layer looks at, by the attention at `path` below it and by the language model's config."""
     names: list[str] = []

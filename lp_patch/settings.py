@@ -65,7 +65,7 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
     if wipe is not None and not layer < wipe <= n_layers:
         raise ConfigError(f"final_wipe_layer must lie in [{layer + 1}, {n_layers}] (after layer={layer}), got {wipe}")
     shape = Shape(n_layers, layer, None if wipe == n_layers else wipe)
-    _check_strategies(config, scorer, text_scorer)
+    check_strategies(config, scorer, text_scorer)
     settings = Settings(
         config,
         scorer,
@@ -134,7 +134,7 @@ def _layer(parts: Parts, config: PruningConfig, text_scorer: TextScorer) -> int:
     return min(allowed, key=lambda x: (abs(x - wanted), x))
 
 
-def _check_strategies(config: PruningConfig, scorer: Scorer, text_scorer: TextScorer) -> None:
+def check_strategies(config: PruningConfig, scorer: Scorer, text_scorer: TextScorer) -> None:
     """Refuse options that the strategies would ignore."""
     if (scorer.select or scorer.keeps_all) and config.diversity not in (0, PruningConfig.diversity):
         raise ConfigError(
