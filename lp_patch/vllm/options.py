@@ -63,7 +63,7 @@ def overrides(model: str | Path, *, pruner: str | Path | None = None, **options:
     for name in _STAGE2:
         if name in options:
             raise ConfigError(
-                f"{name}={options[name]!r} is an option of stage 2, which a vLLM server does not have (every layer runs "
+                f"{name}={options[name]!r} is an option of stage 2, which a vLLM server lacks (every layer runs "
                 "on the same tokens there): leave it out, or use lp_patch.apply under transformers"
             )
     config = make_config(None, {**options, "stage_ratio": 1.0})

@@ -1,7 +1,7 @@
 """The same prompts to vLLM with the plugin and to transformers with `lp_patch.apply`: tokens and log-probabilities."""
 
 import gc
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -13,38 +13,42 @@ import lp_patch.vllm
 TESTBED = Path(__file__).resolve().parents[2] / "examples" / "testbed"
 
 
-@contextmanager
-def served(folder, options, **engine):
-    """A vLLM of this process, in float32."""
-    from vllm import LLM
+def serve(folder, options, rounds, new, stop=True, **engine):
+    """What a vLLM of this process, in float32, answers in each round of prompts, (text, pictures) each.
+
+    Returns a list of [(generated ids, log-probability of each)]. Nothing of it outlives the call, also where it fails.
+    """
+    from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
 
     given = {"dtype": "float32", "enforce_eager": True, "distributed_executor_backend": "uni", "max_num_seqs": 16}
-    llm = LLM(str(folder), hf_overrides=lp_patch.vllm.overrides(folder, **options), **{**given, **engine})
+    if options is not None:
+        given["hf_overrides"] = lp_patch.vllm.overrides(folder, **options)
+    sampling = SamplingParams(max_tokens=new, temperature=0, logprobs=1, ignore_eos=not stop)
+    engines = []
     try:
-        yield llm
+        engines.append(LLM(str(folder), **{**given, **engine}))
+        return [
+            [read(x) for x in engines[0].generate([written(x) for x in prompts], sampling, use_tqdm=False)]
+            for prompts in rounds
+        ]
     finally:
-        del llm
+        engines.clear()
         gc.collect()
         cleanup_dist_env_and_memory()
 
 
-def ask(llm, prompts, new, stop=True):
-    """[(generated ids, log-probability of each)] of prompts, (text, pictures) each."""
-    from vllm import SamplingParams
+def written(prompt):
+    """A prompt as vLLM takes it."""
+    text, images = prompt
+    return {"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})}
 
-    asked = [
-        {"prompt": text, **({"multi_modal_data": {"image": images}} if images else {})} for text, images in prompts
-    ]
-    outputs = llm.generate(
-        asked, SamplingParams(max_tokens=new, temperature=0, logprobs=1, ignore_eos=not stop), use_tqdm=False
-    )
-    answers = []
-    for output in outputs:
-        (choice,) = output.outputs
-        ids = list(choice.token_ids)
-        answers.append((ids, [chances[i].logprob for i, chances in zip(ids, choice.logprobs, strict=True)]))
-    return answers
+
+def read(output):
+    """(generated ids, log-probability of each) of what vLLM gave."""
+    (choice,) = output.outputs
+    ids = list(choice.token_ids)
+    return ids, [chances[i].logprob for i, chances in zip(ids, choice.logprobs, strict=True)]
 
 
 def expect(folder, options, prompts, new, stop=True):
@@ -52,7 +56,7 @@ def expect(folder, options, prompts, new, stop=True):
     processor = AutoProcessor.from_pretrained(folder)
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval()
     answers = []
-    with lp_patch.applied(model, stage_ratio=1, **options):
+    with nullcontext() if options is None else lp_patch.applied(model, stage_ratio=1, **options):
         for text, images in prompts:
             inputs = processor(text=text, images=images or None, return_tensors="pt")
             output = model.generate(

@@ -48,7 +48,9 @@ CONFIGS = {
             **GRID, "hidden_size": 64, "intermediate_size": 48, "out_hidden_size": 64, "num_position_embeddings": 64,
             "deepstack_visual_indexes": [0, 1],
         },
-        "text_config": {**TEXT, **MROPE, "head_dim": 32},
+        "text_config": {
+            **TEXT, "rope_parameters": {**MROPE["rope_parameters"], "mrope_interleaved": True}, "head_dim": 32,
+        },
         "image_token_id": 2, "video_token_id": 3, "vision_start_token_id": 4, "vision_end_token_id": 5,
     },
     "internvl": {

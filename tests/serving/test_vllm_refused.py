@@ -53,7 +53,7 @@ def test_scaled_rope(folders):
 
 
 def test_architecture_without_options(folders):
-    with pytest.raises(Exception, match="lp_patch.vllm.overrides"):
+    with pytest.raises(Exception, match=r"lp_patch\.vllm\.overrides"):
         config_of(folders["llava"], hf_overrides={"architectures": ["LpPatchLlavaForConditionalGeneration"]})
 
 

@@ -4,9 +4,11 @@ import json
 import os
 
 import pytest
-from asking import TESTBED, ask, compare, expect, served
+from asking import TESTBED, compare, expect, serve
 from PIL import Image
+from transformers import AutoTokenizer
 
+MODEL = TESTBED / "model"
 QUESTIONS = int(os.environ.get("QUESTIONS", "40"))  # 200 in `make compare-vllm`
 SETTINGS = [
     {"tokens": 16, "scorer": "covering"},
@@ -32,14 +34,11 @@ def questions(count):
 @pytest.mark.parametrize("options", TRIED, ids=lambda x: "-".join(map(str, x.values())))
 def test_equal(options):
     """Questions share pictures, so that prompts are found in the cache up to within one."""
-    model = TESTBED / "model"
     prompts, right = questions(QUESTIONS)
-    with served(model, options, max_model_len=700) as llm:
-        ours = ask(llm, prompts, 3)
-        texts = [llm.get_tokenizer().decode(ids, skip_special_tokens=True).strip() for ids, _ in ours]
-    unequal, difference = compare(ours, expect(model, options, prompts, 3))
+    (ours,) = serve(MODEL, options, [prompts], 3, max_model_len=700)
+    words = AutoTokenizer.from_pretrained(MODEL)
+    texts = [words.decode(ids, skip_special_tokens=True).strip() for ids, _ in ours]
+    unequal, difference = compare(ours, expect(MODEL, options, prompts, 3))
     correct = sum(a == b for a, b in zip(texts, right, strict=True))
-    print(
-        f"\n{options}: {len(prompts)} questions, {correct} right, {unequal} unequal, log-probabilities to {difference:.1e}"
-    )
+    print(f"\n{options}: of {len(prompts)} {correct} right, {unequal} unequal, log-probabilities to {difference:.1e}")
     assert unequal == 0 and difference < 1e-4
