@@ -117,7 +117,8 @@ def plot(rows: list[dict], path: Path) -> None:
     for axis, (column, label) in zip(axes, shown.items(), strict=True):
         values = [[float(row[column]) for row in rows if row["tokens"] == name] for name in names]
         middle = [statistics.median(x) for x in values]
-        spread = [[m - min(x) for m, x in zip(middle, values)], [max(x) - m for m, x in zip(middle, values)]]
+        both = list(zip(middle, values, strict=True))
+        spread = [[m - min(x) for m, x in both], [max(x) - m for m, x in both]]
         bars = axis.bar(names, middle, yerr=spread, color=["#999999", "#0072B2", "#009E73"][: len(names)], capsize=4)
         axis.bar_label(bars, fmt="%.3g", padding=4)
         axis.set(title=label, xlabel="visual tokens of a picture")

@@ -62,6 +62,8 @@ def pruned(processor: type, info: type, dummy_inputs: type) -> Any:
 class LpPatchLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGeneration, SupportsMRoPE):
     """LLaVA 1.5: stage 1 stands before the projector, and may read [CLS]."""
 
+    supports_encoder_tp_data = True  # vLLM's CLIP does; each process then encodes all pictures
+
     # since 5, transformers saves a tower without "vision_model." in its names
     hf_to_vllm_mapper = type(LlavaForConditionalGeneration.hf_to_vllm_mapper)(
         orig_to_new_prefix={

@@ -16,7 +16,8 @@ TESTBED = Path(__file__).resolve().parents[2] / "examples" / "testbed"
 def serve(folder, options, rounds, new, stop=True, **engine):
     """What a vLLM of this process, in float32, answers in each round of prompts, (text, pictures) each.
 
-    Returns a list of [(generated ids, log-probability of each)]. Nothing of it outlives the call, also where it fails.
+    Returns a list of [(generated ids, log-probability of each, prompt tokens found in the cache)]. Nothing of it
+    outlives the call, also where it fails.
     """
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
@@ -45,10 +46,11 @@ def written(prompt):
 
 
 def read(output):
-    """(generated ids, log-probability of each) of what vLLM gave."""
+    """(generated ids, log-probability of each, prompt tokens found in the cache) of what vLLM gave."""
     (choice,) = output.outputs
     ids = list(choice.token_ids)
-    return ids, [chances[i].logprob for i, chances in zip(ids, choice.logprobs, strict=True)]
+    chances = [chances[i].logprob for i, chances in zip(ids, choice.logprobs, strict=True)]
+    return ids, chances, output.num_cached_tokens
 
 
 def expect(folder, options, prompts, new, stop=True):
@@ -75,6 +77,6 @@ def expect(folder, options, prompts, new, stop=True):
 
 def compare(ours, theirs):
     """(how many answers differ, the largest difference of log-probabilities where they do not)."""
-    unequal = [a for (a, _), (b, _) in zip(ours, theirs, strict=True) if a != b]
-    same = [(x, y) for (a, x), (b, y) in zip(ours, theirs, strict=True) if a == b]
+    unequal = [a for (a, *_), (b, _) in zip(ours, theirs, strict=True) if a != b]
+    same = [(x, y) for (a, x, _), (b, y) in zip(ours, theirs, strict=True) if a == b]
     return len(unequal), max((abs(p - q) for x, y in same for p, q in zip(x, y, strict=True)), default=0.0)

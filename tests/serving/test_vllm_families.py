@@ -9,6 +9,8 @@ from torch.nn.functional import interpolate
 
 SIZES = [(48, 24), (24, 24), (24, 72), (40, 40)]
 NEW = 4
+BLOCK = 32  # tokens of a block of the cache, the fewest on a CPU
+BEFORE = 21  # the most tokens before the picture of the first two prompts
 
 
 @pytest.fixture(scope="module")
@@ -52,17 +54,19 @@ def prompts(kind):
 
 def check(folder, kind, options, asked, **engine):
     """Asked twice: the second time prompts and pictures are in the caches."""
-    answered = serve(folder, options, [asked, asked], NEW, stop=False, max_model_len=200, block_size=32, **engine)
+    answered = serve(folder, options, [asked, asked], NEW, stop=False, max_model_len=200, block_size=BLOCK, **engine)
     wanted = expect(folder, options, asked, NEW, stop=False)
     for answers in answered:
         unequal, difference = compare(answers, wanted)
         assert unequal == 0 and difference < 1e-4, (kind, options, unequal, difference)
+    return answered
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_equal(folders, kind):
-    """Also with a second asking, which finds prompts and pictures in the caches."""
-    check(folders[kind], kind, {"tokens": 4, "scorer": "diversity"}, prompts(kind))
+    """The second asking finds the first 32 tokens of a prompt in the cache, of which a part of its picture is one."""
+    _, again = check(folders[kind], kind, {"tokens": 14, "scorer": "diversity"}, prompts(kind))
+    assert [cached for *_, cached in again[:2]] == [BLOCK, BLOCK] and BEFORE < BLOCK < BEFORE + 14
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

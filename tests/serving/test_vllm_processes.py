@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import socket
 import subprocess
 import sys
@@ -12,38 +13,56 @@ from urllib.request import urlopen
 
 import pytest
 from asking import TESTBED, compare, expect
-from test_vllm_testbed import QUESTIONS, questions
+from checkpoints import save
+from test_vllm_families import prompts
+from test_vllm_testbed import MODEL, QUESTIONS, questions
 
 import lp_patch.vllm
 
 ROOT = TESTBED.parents[1]
-MODEL = TESTBED / "model"
 sys.path.insert(0, str(ROOT / "examples"))
-from ask_server import ask  # noqa: E402
+from ask_server import ask
 
 CODE = """
-import json, sys
+import pickle, sys
 sys.path.insert(0, {here!r})
 from asking import serve
-from test_vllm_testbed import MODEL, questions
 if __name__ == "__main__":
-    engine = {{"tensor_parallel_size": 2, "distributed_executor_backend": "mp", "max_model_len": 700}}
-    (answers,) = serve(MODEL, {options!r}, [questions({count})[0]], 3, **engine)
-    json.dump(answers, open({path!r}, "w"))
+    given = pickle.load(open({given!r}, "rb"))
+    (answers,) = serve(**given, tensor_parallel_size=2, distributed_executor_backend="mp")
+    pickle.dump(answers, open({answers!r}, "wb"))
 """
 
 
-@pytest.mark.parametrize("scorer", ["diversity", "cls"] if QUESTIONS > 40 else ["cls"])
-def test_tensor_parallel(scorer, tmp_path):
-    """Two processes; what a scorer reads is attention, of which each has some of the heads."""
-    count, options, path = min(QUESTIONS, 100), {"tokens": 64, "scorer": scorer}, tmp_path / "answers.json"
-    script = tmp_path / "run.py"
-    script.write_text(CODE.format(here=str(Path(__file__).parent), options=options, count=count, path=str(path)))
+def in_parallel(tmp_path, **given):
+    """What `serve` returns of one round, with tensor parallel 2: two processes, a core each."""
+    script, asked, answers = (tmp_path / name for name in ("run.py", "given", "answers"))
+    asked.write_bytes(pickle.dumps(given))
+    script.write_text(CODE.format(here=str(Path(__file__).parent), given=str(asked), answers=str(answers)))
     two = {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     done = subprocess.run([sys.executable, script], env={**os.environ, **two}, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    unequal, difference = compare(json.loads(path.read_text()), expect(MODEL, options, questions(count)[0], 3))
-    print(f"\ntensor parallel, {options}: {count} questions, {unequal} unequal, log-probabilities to {difference:.1e}")
+    return pickle.loads(answers.read_bytes())
+
+
+def test_tensor_parallel_heads(tmp_path):
+    """A scorer reads attention, of which each process has some of the heads."""
+    save("llava", tmp_path)
+    options = {"tokens": 5, "scorer": "cls"}
+    asked = {"rounds": [prompts("llava")], "new": 4, "stop": False, "max_model_len": 200}
+    ours = in_parallel(tmp_path, folder=tmp_path, options=options, **asked)
+    unequal, difference = compare(ours, expect(tmp_path, options, prompts("llava"), 4, stop=False))
+    assert unequal == 0 and difference < 1e-4
+
+
+@pytest.mark.parametrize("scorer", ["diversity", "cls"] if QUESTIONS > 40 else [])
+def test_tensor_parallel(scorer, tmp_path):
+    """The testbed's tower has three heads: each process has all of it."""
+    options, asked = {"tokens": 64, "scorer": scorer}, questions(100)[0]
+    engine = {"mm_encoder_tp_mode": "data", "max_model_len": 700}
+    ours = in_parallel(tmp_path, folder=MODEL, options=options, rounds=[asked], new=3, **engine)
+    unequal, difference = compare(ours, expect(MODEL, options, asked, 3))
+    print(f"\ntensor parallel, {options}: of {len(asked)} {unequal} unequal, log-probabilities to {difference:.1e}")
     assert unequal == 0 and difference < 1e-4
 
 

@@ -37,7 +37,7 @@ def test_equal(options):
     prompts, right = questions(QUESTIONS)
     (ours,) = serve(MODEL, options, [prompts], 3, max_model_len=700)
     words = AutoTokenizer.from_pretrained(MODEL)
-    texts = [words.decode(ids, skip_special_tokens=True).strip() for ids, _ in ours]
+    texts = [words.decode(ids, skip_special_tokens=True).strip() for ids, *_ in ours]
     unequal, difference = compare(ours, expect(MODEL, options, prompts, 3))
     correct = sum(a == b for a, b in zip(texts, right, strict=True))
     print(f"\n{options}: of {len(prompts)} {correct} right, {unequal} unequal, log-probabilities to {difference:.1e}")
