@@ -72,7 +72,7 @@ class Patch:
         """A picture of what each stage of the latest prefill kept and why, one row for each picture that it saw.
 
         Each row has the picture, what stage 1 kept, what stage 2 kept, and before each, where the strategy has any, its
-        scores, from dark to light; the 2 % highest have one colour. Where tokens of several sizes lie over one another
+        scores, from dark to light; the 5 % highest have one colour. Where tokens of several sizes lie over one another
         (tiles and a small copy), the smaller ones are on top, and a place is kept if any of them is.
 
         Args:

@@ -36,7 +36,8 @@ class Pixels:
     @property
     def main(self) -> Tensor:
         """The pixels of the pictures, or of the videos."""
-        return self.values["pixel_values_videos" if self.video else "pixel_values"]
+        names = ("pixel_values_videos",) if self.video else ("pixel_values", "pixel_values_images")  # Video-LLaVA's
+        return next(self.values[name] for name in names if name in self.values)
 
     def about(self, name: str) -> Tensor:
         """A tensor about the pictures, or the videos, such as "grid_thw"."""
@@ -47,7 +48,7 @@ class Pixels:
         """The side of a patch in pixels; 1 where the config does not tell."""
         vision = getattr(self.base.config, "vision_config", None)
         size = getattr(vision, "patch_size", 1)
-        return size if isinstance(size, int) else 1
+        return size[0] if isinstance(size, (list, tuple)) else size
 
 
 Layout = Callable[[Pixels], Tensor]

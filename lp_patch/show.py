@@ -235,6 +235,6 @@ def _draw_panel(axes: Any, panel: Panel) -> None:
     for i in np.argsort(-(bounds[:, 2] - bounds[:, 0]) * (bounds[:, 3] - bounds[:, 1]), kind="stable"):
         left, top, right, bottom = bounds[i]
         shown[top:bottom, left:right] = panel.values[i]
-    high = np.quantile(panel.values, 0.98) if len(panel.values) else 1.0  # one sink must not darken all else
+    high = np.quantile(panel.values, 0.95) if len(panel.values) else 1.0  # a few sinks must not darken all else
     axes.imshow(faded)
     axes.imshow(np.ma.masked_invalid(shown), cmap="viridis", vmax=high, alpha=0.85, interpolation="nearest")

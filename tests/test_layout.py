@@ -11,7 +11,13 @@ from lp_patch.layout import Pixels
 from lp_patch.registry import find_parts
 
 NOWHERE = {"aria", "idefics2", "deepseek_ocr2"}  # learnt queries look at all of a picture
-BLURRED = {"fast_vlm", "got_ocr2", "pp_chart2table", "emu3", "apertus1p5"}  # by convolutions: neighbours may change more
+BLURRED = {
+    "fast_vlm",
+    "got_ocr2",
+    "pp_chart2table",
+    "emu3",
+    "apertus1p5",
+}  # by convolutions: neighbours may change more
 TESTED, SEEDS = 16, 6
 CASES = [kind for kind in (*TYPES, *families.FAMILIES) if kind.split(":")[0] not in NOWHERE | BLURRED | {"llava_llama"}]
 
@@ -91,7 +97,9 @@ def test_quarters_of_a_picture(kind):
 
     @torch.no_grad()
     def features(pixels):
-        found = torch.cat(list(parts.base.get_image_features(pixel_values=pixels, **inputs).pooler_output)).flatten(0, -2)
+        found = torch.cat(list(parts.base.get_image_features(pixel_values=pixels, **inputs).pooler_output)).flatten(
+            0, -2
+        )
         breaks = parts.adapter.structural
         return found if breaks is None else found[~breaks(parts.base, found[None])[0]]
 
