@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .budget import StageBudget
 from .engine import Engine
 from .graphs import CompiledEngine
 from .install import Installation, forget_compiled, unhook
@@ -129,6 +130,15 @@ class Patch:
         for module in self._parts.model.modules():
             unhook(module, self._engine)
         forget_compiled(self._parts.model)
+
+    def budget(self, visual_tokens: int) -> StageBudget:
+        """What a picture of so many visual tokens keeps after each stage."""
+        return self._settings.budget(visual_tokens)
+
+    @property
+    def cuts(self) -> tuple[int, int]:
+        """Decoder layers in all, and those that run on the stage-1 tokens."""
+        return self._settings.shape.n_layers, self._settings.shape.layer
 
     @property
     def captured(self) -> dict[str, int]:
