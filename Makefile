@@ -10,21 +10,32 @@ OLDER := 5.23.0 5.17.0 4.57.6
 # are not in transformers 4; Kimi's videos fail in 5.23 unpatched. The newer types are tried in 5.23, on which they are allowed
 EVERY := "(test_forward or test_several or test_padded or test_generate or test_copies) and not llava_onevision"
 
-.PHONY: demo test test-long test-older lint benchmark matrix pruner evaluate smollm clean
+.PHONY: demo check test test-long test-older lint benchmark matrix pruner evaluate smollm clean
 
 # llava-torch without its pins, which are of 2023: tests/test_original_llava.py says with what it runs
 .venv/ready: setup.cfg pyproject.toml Makefile
+	@echo "First use: everything goes into .venv, once; some minutes, most of them for 1 and 2."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[examples,test]"
-	$(BIN)/pip install --quiet --no-deps llava-torch==1.2.2.post1
-	touch $@
+	@echo "1 of 3: $(TORCH)"
+	@$(BIN)/pip install --quiet --progress-bar on "$(TORCH)"
+	@echo "2 of 3: lp_patch, with what its examples and tests use"
+	@$(BIN)/pip install --quiet --progress-bar on --editable ".[examples,test]"
+	@echo "3 of 3: llava-torch, which some tests compare with"
+	@$(BIN)/pip install --quiet --no-deps llava-torch==1.2.2.post1
+	@touch $@
 
 demo: .venv/ready
-	$(BIN)/python examples/demo.py
+	@echo "Four questions to a small trained LLaVA, full and pruned in turn; under a minute on two cores."
+	@$(BIN)/python examples/demo.py
+
+# a part of the tests that takes under a minute
+QUICK := budget config cut_budget score select registry report trace cli_options
+check: .venv/ready
+	$(BIN)/python -m pytest -n 2 -q -m "not long" $(QUICK)
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2
+	@start=$$(date +%s); $(BIN)/python -m pytest -n 2; status=$$?; \
+	  echo "make test took $$(( ($$(date +%s) - start) / 60 )) min $$(( ($$(date +%s) - start) % 60 )) s"; exit $$status
 
 test-long: .venv/ready test-transformers
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "" --timeout 1800

@@ -4,13 +4,13 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .check import prove
 from .compat import merging_module
-from .config import PruningConfig, make_config
+from .config import Options, PruningConfig, make_config, shows_options
 from .engine import Engine
 from .handle import Patch
 from .install import owner
@@ -18,6 +18,9 @@ from .pruner import WEIGHTS_FILE, LearnablePruner, find_pruner, resolve_pruner
 from .registry import Adapter, adapter_for, find_parts, unwrap
 from .settings import resolve
 from .strategies import may_use_pruner
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def declared(model: Any) -> Adapter:
@@ -44,13 +47,14 @@ def _find(model: object) -> Patch | None:
     return None
 
 
+@shows_options
 def apply(
     model: nn.Module,
     config: PruningConfig | Mapping[str, Any] | str | Path | None = None,
     *,
     pruner: LearnablePruner | str | Path | None = None,
     compile: bool = False,
-    **options: Any,
+    **options: "Unpack[Options]",
 ) -> Patch:
     """Prune the visual tokens of this model from now on, in place. An earlier patch of ours on it is replaced.
 
@@ -118,6 +122,7 @@ def is_applied(model: nn.Module) -> bool:
     return _find(model) is not None
 
 
+@shows_options
 @contextmanager
 def applied(
     model: nn.Module,
@@ -125,7 +130,7 @@ def applied(
     *,
     pruner: LearnablePruner | str | Path | None = None,
     compile: bool = False,
-    **options: Any,
+    **options: "Unpack[Options]",
 ) -> Iterator[Patch]:
     """`apply` for the length of a with block; removed at its end, exceptions included."""
     patch = apply(model, config, pruner=pruner, compile=compile, **options)

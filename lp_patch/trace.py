@@ -101,6 +101,7 @@ class Record:
         self.stage1: Tensor | None = None
         self.stage2: tuple[Tensor, Tensor, Tensor] | None = None
         self.encoded: list[Encoded] = []
+        self.modalities: dict[str, np.ndarray] = {}  # (B, S) bool each: those of `visual` that are images, videos
 
     def note_encoded(self, encoded: list[Encoded]) -> None:
         """The prefill's features came of these encoding calls; those that came encoded have none."""

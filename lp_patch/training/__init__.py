@@ -3,6 +3,7 @@
 from .attention import gated_attention
 from .data import ConversationCollator, ConversationDataset
 from .gate import GatedModel, new_pruner
+from .run import TrainingRun, train
 from .trainer import PrunerTrainer, training_arguments
 
 __all__ = [
@@ -10,7 +11,9 @@ __all__ = [
     "ConversationDataset",
     "GatedModel",
     "PrunerTrainer",
+    "TrainingRun",
     "gated_attention",
     "new_pruner",
+    "train",
     "training_arguments",
 ]
