@@ -100,6 +100,11 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# the pages as a site, in build/site; `.venv/bin/mkdocs serve` shows them while you write
+.PHONY: docs
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict
+
 benchmark: .venv/ready
 	$(BIN)/python examples/benchmark.py
 

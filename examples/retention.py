@@ -1,4 +1,4 @@
-"""What the evaluation's rows say: intervals, the tables of the READMEs and the plot, from the CSV alone.
+"""What the evaluation's rows say: intervals, the tables of the pages and the plot, from the CSV alone.
 
 A row of the CSV is one cell on one split. Its ``answers`` hold one bit a question, as a hexadecimal number: the first
 question of the split in ``questions.json`` is the highest of ``n`` bits. They make paired comparisons possible, since
@@ -424,7 +424,7 @@ def headed(title: str, table: list[str]) -> list[str]:
 
 
 def readme_table(results: Results) -> str:
-    """The small table of the main README."""
+    """The small table of docs/accuracy.md."""
     return "\n".join(
         [
             full_line(results),
@@ -432,8 +432,8 @@ def readme_table(results: Results) -> str:
             LEGEND,
             "",
             *short_table(results),
-            "More budgets, question types, a style never seen, sweeps: `examples/testbed/README.md`; every cell, with",
-            "the command that made it: `examples/results/evaluation_testbed.csv`.",
+            "More budgets, question types, a style never seen, sweeps: the testbed's README; every cell, with the command that",
+            "made it: `examples/results/evaluation_testbed.csv`.",
         ]
     )
 
@@ -528,7 +528,7 @@ def plot(results: Results, path: Path) -> None:
 
 @dataclass(frozen=True)
 class Study:
-    """One model's CSV: its decoder layers, and between which marks of a README which tables of it stand."""
+    """One model's CSV: its decoder layers, and between which marks of a page which tables of it stand."""
 
     path: Path
     layers: int
@@ -549,22 +549,28 @@ STUDIES = {
     "smollm": Study(RESULTS.with_name("evaluation_smollm.csv"), 30, {"smollm tables": large_tables, "smollm": short}),
     "smollm healed": Study(RESULTS.with_name("evaluation_smollm_healed.csv"), 30, {"smollm healed": short}),
 }
-READMES = (TESTBED / "README.md", EXAMPLES.parent / "README.md")
+PAGES = (TESTBED / "README.md", EXAMPLES.parent / "docs" / "accuracy.md")
+
+
+def between(text: str, name: str, make: Callable[[], str]) -> str:
+    """A page with what stands between the marks of this name made anew; as it is where they are not."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if begin not in text:
+        return text
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{make()}\n{end}{rest.split(end)[1]}"
 
 
 def filled(text: str) -> str:
-    """A README with what stands between our marks made anew."""
+    """A page with the tables of all studies made anew."""
     for study in STUDIES.values():
         for name, make in study.tables.items():
-            begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-            if begin in text:
-                before, rest = text.split(begin)
-                text = f"{before}{begin}\n{make(study.results())}\n{end}{rest.split(end)[1]}"
+            text = between(text, name, lambda make=make, study=study: make(study.results()))
     return text
 
 
 def publish(path: Path, layers: int) -> None:
-    """The plot beside the CSV; tables into the READMEs, or to the terminal if it is not a committed CSV."""
+    """The plot beside the CSV; tables into their pages, or to the terminal if it is not a committed CSV."""
     rows = load(path)
     complete(rows)
     save(path, rows)
@@ -573,5 +579,5 @@ def publish(path: Path, layers: int) -> None:
     if path.resolve() not in [study.path for study in STUDIES.values()]:
         print(testbed_tables(results))
         return
-    for readme in READMES:
-        readme.write_text(filled(readme.read_text()))
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))

@@ -1,7 +1,9 @@
-"""Put the measured tables into the README, from the CSV files alone: `python examples/tables.py`."""
+"""Put what was measured and tested into README and docs, from files alone: `python examples/tables.py`."""
 
 import csv
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import retention
@@ -134,6 +136,88 @@ def beside(rows: list[dict[str, str]]) -> list[str]:
     ]
 
 
+def gpu(metric: str, variant: str, model: str, batch: int = 1, scorer: str = "diversity") -> float:
+    """A figure of the first host's, at the smallest number of tokens that was measured."""
+    rows = [
+        row
+        for row in rows_of("benchmark_gpu.csv")
+        if (row["host"], row["model"], row["batch"], row["scorer"]) == ("A", model, str(batch), scorer)
+        and (row["metric"], row["variant"]) == (metric, variant)
+    ]
+    return float(min(rows, key=lambda row: int(row["kept"]))["value"])
+
+
+CACHE, PEAK = "KV cache after a prefill", "peak memory of a prefill beside the weights"
+
+
+def figures() -> str:
+    """README's three figures, each where pruning pays and where it does not."""
+
+    def kept(study: str, **options: object) -> str:
+        results = retention.STUDIES[study].results()
+        cell = replace(retention.base("covering", "learned"), tokens=32, **(options or results.both))
+        share, low, high = (100 * x for x in results.retained(retention.SPLITS[0], cell))
+        average = results.mean(retention.SPLITS[0], cell, "average")
+        return f"**{share:.1f} %** ({low:.1f} to {high:.1f}) at {average:.1f} tokens"
+
+    def over(model: str, batch: int = 1, variant: str = "patched") -> str:
+        return f"**{gpu('prefill, speed-up over stock', variant, model, batch):.2f}x**"
+
+    cpu = next(
+        x
+        for x in rows_of("benchmark_cpu.csv")
+        if (x["model"], x["budget"], x["batch"], x["scorer"], x["metric"]) == ("llava", "32", "1", "diversity", "prefill")
+    )
+    caches = [gpu(CACHE, variant, "LLaVA-1.5-7B") for variant in ("stock", "patched")]
+    peaks = [gpu(PEAK, variant, "Qwen2.5-VL-7B") for variant in ("stock", "patched")]
+    llava = "LLaVA-1.5-7B"
+    rows = [
+        (
+            "accuracy, of that with all tokens",
+            f"{kept('model')} on average: a small model, trained pruner, both stages",
+            f"{kept('smollm', **retention.ALONE)}: a larger one, which never missed a token in training",
+        ),
+        (
+            "prefill",
+            f"{over(llava, 16)}: 16 prompts on a GPU; **{float(cpu['ratio']):.2f}x**: a small model on a CPU",
+            f"{over(llava)}: one prompt on a GPU ({over(llava, 1, 'patched graphs')} with `compile=True`); "
+            f"{over('Qwen2.5-VL-7B')}: Qwen2.5-VL-7B, which waits for its vision tower",
+        ),
+        (
+            "memory",
+            f"KV cache of a LLaVA-1.5-7B prompt **{caches[0]:.0f} MiB to {caches[1]:.0f}**",
+            f"peak of Qwen2.5-VL-7B's prefill **{peaks[0]:.0f} MiB to {peaks[1]:.0f}**: that is the tower's",
+        ),
+    ]
+    lines = ["| | where it pays | where it does not |", "|---|---|---|"]
+    return "\n".join([*lines, *(f"| {' | '.join(row)} |" for row in rows)])
+
+
+def memory() -> str:
+    """What a prefill needs, on the GPU and on the CPU."""
+    lines = [
+        "| | model | visual tokens | kept | KV cache, MiB | working memory of a prefill, MiB |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    rows = rows_of("benchmark_gpu.csv")
+    settings = by_setting(rows, ("host", "model", "visual_tokens", "kept", "batch", "scorer"))
+    for (host, model, visual, kept, *_), own in settings.items():
+        found = {(row["metric"], row["variant"]): float(row["value"]) for row in own}
+        if (CACHE, "stock") in found:
+            pairs = [f"{found[x, 'stock']:.0f} to {found[x, 'patched']:.0f}" for x in (CACHE, PEAK)]
+            lines.append(f"| GPU {host} | {model} | {visual} | {kept} | {' | '.join(pairs)} |")
+    settings = by_setting(rows_of("benchmark_cpu.csv"), ("model", "visual_tokens", "budget", "batch", "scorer"))
+    for (model, visual, kept, *_), own in settings.items():
+        found = {row["metric"]: row for row in own}
+        if "working_memory" in found:
+            pairs = [
+                f"{float(found[x]['unpatched']) / 2**20:.0f} to {float(found[x]['patched']) / 2**20:.0f}"
+                for x in ("kv_cache", "working_memory")
+            ]
+            lines.append(f"| CPU | {NAMES[model]} | {visual} | {kept} | {' | '.join(pairs)} |")
+    return "\n".join(lines)
+
+
 def kinds() -> dict[str, list[str]]:
     """Model types by what their decoder layers look at, as their tiny models have them."""
     from families import FAMILIES
@@ -167,45 +251,29 @@ def models() -> str:
     for kind, types in kinds().items():
         names = sorted({supported[x] for x in types}, key=str.lower)
         lines.append(f"| {LAYERS[kind]} | {', '.join(names)} |")
-    lines += ["", f"{len(supported)} model types; docs/models.md lists each, with what was tested, and those refused."]
     return "\n".join(lines)
 
 
-def details() -> str:
-    """docs/models.md."""
+
+def types() -> str:
+    """Every type, by what the tests said."""
     import matrix
 
+    return matrix.types(lp_patch.supported()).rstrip()
+
+
+def families() -> str:
+    """Everything that people do with a model, by what the tests said."""
+    import matrix
+
+    return matrix.families(lp_patch.supported()).rstrip()
+
+
+def refused() -> str:
+    """Types that are refused, with the reason."""
     from lp_patch.unfit import UNFIT
 
-    supported = lp_patch.supported()
-    refused = [f"| `{name}` | {why} |" for name, why in sorted(UNFIT.items())]
-    return "\n".join(
-        [
-            "# Model types",
-            "",
-            "Made by `python examples/tables.py` from what the tests said (`make matrix`). Each type's tiny random "
-            "model is compared with the untouched one whose removed tokens are masked, or, where layers keep a state, "
-            "whose rows are really shortened: what is kept, and every logit, in float64.",
-            "",
-            "## All",
-            "",
-            matrix.types(supported),
-            "",
-            "## Everything that people do with a model, on the families whose mechanisms differ",
-            "",
-            matrix.families(supported),
-            "",
-            "## Refused",
-            "",
-            "| model type | why |",
-            "|---|---|",
-            *refused,
-            "",
-            "A type in none of these tables is tried on a tiny model of its own config when `apply` is called, and "
-            "patched if the default declaration fits: `print(lp_patch.check(model))` shows how that goes.",
-            "",
-        ]
-    )
+    return "\n".join(["| model type | why |", "|---|---|", *(f"| `{name}` | {why} |" for name, why in sorted(UNFIT.items()))])
 
 
 def modes() -> str:
@@ -215,19 +283,30 @@ def modes() -> str:
     return matrix.table()
 
 
-def fill(readme: str) -> str:
-    """The README with every section between its marks made anew."""
-    sections = {"speed": speed, "models": models, "modes": modes}
-    for name, make in sections.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        before, rest = readme.split(begin)
-        after = rest.split(end)[1]
-        readme = f"{before}{begin}\n{make()}\n{end}{after}"
-    return retention.filled(readme)
+SECTIONS: dict[str, Callable[[], str]] = {
+    "figures": figures,
+    "speed": speed,
+    "memory": memory,
+    "models": models,
+    "types": types,
+    "families": families,
+    "refused": refused,
+    "modes": modes,
+}
+
+
+def pages() -> list[Path]:
+    """README, and the pages of docs."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def fill(text: str) -> str:
+    """A page with every section between its marks made anew."""
+    for name, make in SECTIONS.items():
+        text = retention.between(text, name, make)
+    return retention.filled(text)
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(fill(path.read_text()))
-    (ROOT / "docs").mkdir(exist_ok=True)
-    (ROOT / "docs" / "models.md").write_text(details())
+    for path in pages():
+        path.write_text(fill(path.read_text()))

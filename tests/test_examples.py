@@ -390,7 +390,7 @@ def test_every_group_of_the_evaluation_has_its_table(tmp_path: Path) -> None:
     check_figure(tmp_path / "plot.png")
 
 
-@pytest.mark.parametrize("readme", retention.READMES, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize("readme", retention.PAGES, ids=lambda path: path.stem)
 def test_tables_of_the_evaluation_are_those_of_the_files(readme: Path) -> None:
     text = readme.read_text()
     assert retention.filled(text) == text, "run examples/evaluate.py --tables"
@@ -398,7 +398,7 @@ def test_tables_of_the_evaluation_are_those_of_the_files(readme: Path) -> None:
 
 @pytest.mark.parametrize("study", retention.STUDIES.values(), ids=retention.STUDIES.keys())
 def test_every_table_of_the_evaluation_has_its_place(study: retention.Study) -> None:
-    texts = "".join(readme.read_text() for readme in retention.READMES)
+    texts = "".join(readme.read_text() for readme in retention.PAGES)
     for name, make in study.tables.items():
         assert texts.count(f"<!-- {name} -->") == 1
         assert "| covering |" in make(study.results())
