@@ -54,7 +54,7 @@ def scores(name, features, keep=4, seed=0, **given):
 
 
 def test_catalogue():
-    published = {"learned", "diversity", "cls", "visionzip", "vispruner", "hiprune"}
+    published = {"learned", "diversity", "cls", "visionzip", "vispruner", "hiprune", "oc-vtp", "metacompress"}
     assert set(SCORERS) >= published | {"random", "uniform", "none"}
     assert set(TEXT_SCORERS) >= {"text", "last", "fastv", "iwp"}
     table = catalogue().splitlines()
@@ -66,8 +66,9 @@ def test_catalogue():
             assert line.endswith(f" {strategy.source}")
             # a paper, or a word that it is none
             assert re.search(r"\(\d{4}\.\d{5}\)|baseline|no stage 1|\[CLS\] attention|FastV's|ours", line), line
-    assert {name for name in SCORERS if SCORERS[name].needs_pruner} == {"learned", "covering"}
-    assert {name for name in SCORERS if SCORERS[name].reads} == {"cls", "visionzip", "vispruner", "hiprune"}
+    assert {name for name in SCORERS if SCORERS[name].needs_pruner} == {"learned", "covering", "oc-vtp", "metacompress"}
+    assert {name for name in SCORERS if SCORERS[name].reads} == {"cls", "visionzip", "vispruner", "hiprune", "oc-vtp"}
+    assert {name for name in SCORERS if SCORERS[name].mix} == {"metacompress"}
 
 
 @pytest.fixture
