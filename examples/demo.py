@@ -67,13 +67,13 @@ def prompt(processor, image: Image.Image, question: str) -> dict:
 
 @torch.inference_mode()
 def compare(
-    model: torch.nn.Module, processor, inputs: dict, tokens: int, runs: int
+    model: torch.nn.Module, processor, inputs: dict, tokens: int, runs: int, pruner: str | None = None
 ) -> tuple[Answer, Answer, lp_patch.Trace]:
     """Ask without and with the patch in turn, `runs` times each, after a warm-up that does not count."""
     full, pruned = Answer(), Answer()
     for run in range(runs + 1):
         ask(model, processor, inputs, full)
-        with lp_patch.applied(model, tokens=tokens) as patch:
+        with lp_patch.applied(model, tokens=tokens, pruner=pruner) as patch:
             ask(model, processor, inputs, pruned)
             trace = patch.trace
         if run == 0:
@@ -130,6 +130,20 @@ def draw_kept(axes: plt.Axes, picture: np.ndarray, kept: list[int], grid: int, c
     axes.add_collection(LineCollection(lines, colors=colour, linewidths=0.8, capstyle="projecting"))
 
 
+def draw_mixed(axes: plt.Axes, picture: np.ndarray, weights: np.ndarray, places: list[int], grid: int) -> None:
+    """The picture, each patch the fainter the less of it is in any mixture, and a dot where each mixture stands.
+
+    `weights` (R1, N): nothing is kept as it was, so that there is no line to draw around it.
+    """
+    share = weights.sum(axis=0).reshape(grid, grid)
+    size = picture.shape[0] // grid
+    shown = np.kron((share / share.max()) ** 0.5, np.ones((size, size)))[..., None]
+    grey = 0.8 + 0.2 * picture.mean(axis=-1, keepdims=True)
+    axes.imshow(shown * picture + (1 - shown) * grey, interpolation="lanczos")
+    rows, columns = np.divmod(np.array(places), grid)
+    axes.scatter((columns + 0.5) * size, (rows + 0.5) * size, s=2, color=STAGE_1, linewidths=0)
+
+
 def draw(picture: np.ndarray, grid: int, results: list[tuple], path: Path) -> None:
     """Picture, stage 1, and stage 2 per question, side by side; `results` holds (question, full, pruned, trace)."""
     first = results[0][3]
@@ -159,7 +173,12 @@ def draw(picture: np.ndarray, grid: int, results: list[tuple], path: Path) -> No
         if kept is None:
             axes.imshow(picture, interpolation="lanczos")
         else:
-            draw_kept(axes, picture, kept.tolist(), grid, colour)
+            mixtures = first.mixtures[0]
+            if mixtures is None:
+                draw_kept(axes, picture, kept.tolist(), grid, colour)
+            else:
+                own = torch.isin(first.stage1[0], kept)
+                draw_mixed(axes, picture, mixtures[own].numpy(), kept.tolist(), grid)
         axes.text(0, 1.03, title, transform=axes.transAxes, weight="bold", color=colour)
         axes.text(1, 1.03, count, transform=axes.transAxes, color=MUTED, ha="right")
         for i, text in enumerate([*upper, *lower]):
@@ -177,6 +196,9 @@ def main() -> None:
     parser.add_argument("--picture", type=Path, default=HERE / "testbed" / "demo.png")
     parser.add_argument("--questions", type=Path, default=HERE / "testbed" / "demo.json")
     parser.add_argument("--tokens", type=int, default=64, help="visual tokens, averaged over the decoder layers")
+    parser.add_argument(
+        "--pruner", help="trained weights of any kind: folder or Hub id (default: the checkpoint's own)"
+    )
     parser.add_argument("--runs", type=int, default=7, help="timed runs of each variant")
     parser.add_argument("--output", type=Path, default=Path("runs") / "demo.png")
     options = parser.parse_args()
@@ -194,7 +216,7 @@ def main() -> None:
     results = []
     for question in questions:
         inputs = prompt(processor, image, question["question"]).to(model.device, model.dtype)
-        full, pruned, trace = compare(model, processor, inputs, options.tokens, options.runs)
+        full, pruned, trace = compare(model, processor, inputs, options.tokens, options.runs, options.pruner)
         results.append((question, full, pruned, trace))
         print(table(question, full, pruned, trace), end="\n\n")
     vision = model.config.vision_config

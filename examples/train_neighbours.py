@@ -3,8 +3,9 @@
     python examples/train_neighbours.py oc-vtp CHECKPOINT DATA.json --output FOLDER
     python examples/train_neighbours.py metacompress CHECKPOINT DATA.json --output FOLDER
 
-The output folder is what `lp_patch.apply(model, pruner=...)` takes. "oc-vtp" learns from the pictures alone, and keeps
-what it reads of them in memory; "metacompress" learns to answer as the model does with all of its tokens.
+The output folder is what `lp_patch.apply(model, pruner=...)` takes. "oc-vtp" learns from the pictures alone,
+"metacompress" learns to answer as the model does with all of its tokens. Each picture is encoded once, and what is
+needed of it stays in memory. For LLaVA 1.5 with a CLIP tower; the classes in `lp_patch.training` know no family.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from lp_patch.merging import MergingPruner
 from lp_patch.pruner import Pruner
@@ -40,7 +42,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("data", type=Path, help="JSON file in LLaVA's conversation format")
     parser.add_argument("--images", type=Path, help="folder that image names start from (default: the JSON's own)")
     parser.add_argument("--output", type=Path, required=True, help="folder for the weights")
-    parser.add_argument("--samples", type=int, default=1000, help="pictures that oc-vtp reads")
+    parser.add_argument("--samples", type=int, default=1000, help="pictures, each with a question of its own")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
@@ -101,22 +103,49 @@ def train_slots(args: argparse.Namespace, model: torch.nn.Module, batches: objec
     return pruner, len(tokens)
 
 
+class RememberedTower:
+    """In place of the vision tower: each picture is encoded once, then its number stands for its pixels."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.tower, self.layer = model.model.vision_tower, model.config.vision_feature_layer
+        self.layers = self.tower.config.num_hidden_layers + 1
+        self.encode, self.states = self.tower.forward, []
+        self.tower.forward = self.recall
+
+    @torch.no_grad()
+    def read(self, pixels: Tensor) -> Tensor:
+        """Pictures (B, 3, H, W) -> their numbers (B,)."""
+        start = len(self.states)
+        self.states += self.encode(pixels, output_hidden_states=True).hidden_states[self.layer]
+        return torch.arange(start, len(self.states))
+
+    def recall(self, numbers: Tensor, **asked: object) -> BaseModelOutputWithPooling:
+        """The feature layer of these pictures (B,)."""
+        states = [None] * self.layers
+        states[self.layer] = torch.stack([self.states[number] for number in numbers.tolist()])
+        return BaseModelOutputWithPooling(hidden_states=tuple(states))
+
+
 def train_mixtures(args: argparse.Namespace, model: torch.nn.Module, batches: object) -> tuple[Pruner, int]:
-    """Mixtures with which the model answers as with all tokens, and how many samples they were trained on."""
-    config = model.config
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    pruner = MergingPruner(config.vision_config.hidden_size, args.key_size, side)
+    """Mixtures with which the model answers as with all tokens, and how many pictures they were trained on."""
+    vision = model.config.vision_config
+    pruner = MergingPruner(vision.hidden_size, args.key_size, vision.image_size // vision.patch_size)
     training = MergingTraining(model, pruner, entropy=args.entropy, column=args.column).train()
+    tower, lessons, began = RememberedTower(model), [], time.perf_counter()
+    while len(tower.states) < args.samples and (inputs := next(batches, None)) is not None:
+        inputs["pixel_values"] = tower.read(inputs["pixel_values"])
+        lessons.append({**inputs, "full": training.full_logits(**inputs)})
+    print(f"{len(tower.states)} pictures read in {time.perf_counter() - began:.0f} s", flush=True)
     chance = random.Random(args.seed)
 
     def losses(step: int) -> tuple[Tensor, dict[str, float]]:
         count = drawn(args, chance)
-        loss, *parts = training(tokens=count, **next(batches))
+        loss, *parts = training(tokens=count, **chance.choice(lessons))
         names = ("divergence", "entropy", "column")
         return loss, {**{name: x.item() for name, x in zip(names, parts, strict=True)}, "tokens": count}
 
     fit(pruner, losses, args.steps, args.learning_rate, log(args))
-    return pruner.eval(), args.steps * args.batch
+    return pruner.eval(), len(tower.states)
 
 
 def main() -> None:
@@ -129,12 +158,9 @@ def main() -> None:
     chance = random.Random(args.seed)
 
     def batches():
-        while True:
-            numbers = one_each(dataset, chance)
-            for start in range(0, len(numbers) - args.batch + 1, args.batch):
-                yield collate([dataset[number] for number in numbers[start : start + args.batch]])
-            if args.kind == SlotPruner.kind:
-                return
+        numbers = one_each(dataset, chance)
+        for start in range(0, len(numbers) - args.batch + 1, args.batch):
+            yield collate([dataset[number] for number in numbers[start : start + args.batch]])
 
     train = train_slots if args.kind == SlotPruner.kind else train_mixtures
     pruner, samples = train(args, model, batches())

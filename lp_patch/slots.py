@@ -69,13 +69,13 @@ class SlotPruner(Pruner):
         return shares, slots
 
     def compete(self, x: Tensor, count: int, seed: int) -> Tensor:
-        """The shares (B, count, N) in float32 of tokens x (B, N, C), any float dtype and device."""
+        """The shares (B, count, N), in the module's dtype, of tokens x (B, N, C), any float dtype and device."""
         self.follow(x)
         own = self.fc1.weight.dtype
         noise = start_noise(count, self.slot_size, seed, x.device).to(own)
         with torch.autocast(x.device.type, enabled=False):
             # row by row: rounding, which differs by the size of a batch, would grow in each round
-            return torch.cat([self(row[None].to(own), noise)[0] for row in x]).float()
+            return torch.cat([self(row[None].to(own), noise)[0] for row in x])
 
 
 def received_weights(shares: Tensor) -> Tensor:

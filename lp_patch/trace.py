@@ -1,7 +1,7 @@
 """What a patched model did: the trace of its latest prefill, and a report of what that saved."""
 
 import reprlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -43,7 +43,7 @@ class Trace:
     stage2_scores: list[Tensor | None]
     tokens_per_layer: list[list[int]]
     text_tokens: list[int]
-    mixtures: list[Tensor | None] = field(default_factory=list)
+    mixtures: list[Tensor | None]
 
     def __repr__(self) -> str:
         shown, first, second = (

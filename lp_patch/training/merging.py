@@ -56,34 +56,43 @@ class MergingTraining(nn.Module):
         self.model.eval()
         return self
 
-    def forward(self, labels: Tensor, tokens: int, **inputs: Any) -> MergingOutput:
+    @torch.no_grad()
+    def full_logits(self, labels: Tensor, **inputs: Any) -> Tensor:
+        """What the model says with all of its tokens where the T labels are to be predicted: (T, V)."""
+        return self.model(**inputs, use_cache=False).logits[_before(labels)]
+
+    def forward(self, labels: Tensor, tokens: int, full: Tensor | None = None, **inputs: Any) -> MergingOutput:
         """The losses of a batch.
 
         Args:
             labels: (B, S) int64, -100 where nothing is to be learned.
             tokens: mixtures of each picture.
+            full: (T, V), `full_logits` of this batch, for whoever comes back to it; None: they are computed.
             inputs: of the model, pictures among them.
 
         Raises:
             UnsupportedInputError: no label, or no picture with more tokens than `tokens`.
         """
-        where = nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
-        with torch.no_grad():
-            full = self.model(**inputs, use_cache=False).logits
+        full = self.full_logits(labels, **inputs) if full is None else full
         found: list[Tensor] = []
         hook = self.pruner.register_forward_hook(lambda module, args, output: found.append(output))
         try:
             with applied(self.model, tokens=tokens, stage_ratio=1, scorer=MergingPruner.kind, pruner=self.pruner):
-                own = self.model(**inputs, use_cache=False).logits
+                own = self.model(**inputs, use_cache=False).logits[_before(labels)]
         finally:
             hook.remove()
         if not found:
             raise UnsupportedInputError(f"no picture of this batch has more than {tokens} tokens: nothing is mixed")
-        task = divergence(own, full, where)
+        task = divergence(own, full, torch.ones(len(own), dtype=torch.bool, device=own.device))
         rows = torch.cat([row_entropy(weights) for weights in found]).mean()
         columns = torch.cat([largest_column(weights) for weights in found]).mean()
         loss = task + self.entropy * rows + self.column * columns
         return MergingOutput(loss, task.detach(), rows.detach(), columns.detach())
+
+
+def _before(labels: Tensor) -> Tensor:
+    """(B, S) bool: positions that predict a label of labels (B, S)."""
+    return nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
 
 
 def row_entropy(weights: Tensor) -> Tensor:
