@@ -38,7 +38,19 @@ ORACLE = "oracle"
 NO_STAGE_1 = "none"  # the library's name for it
 ALONE = {"stage_ratio": 1.0, "layer": None, "text_scorer": None}
 LAYERS = 6  # of the testbed model
-ORDER = ("random", "uniform", "cls", "diversity", "vispruner", "visionzip", "hiprune", "covering", "learned")
+ORDER = (
+    "random",
+    "uniform",
+    "cls",
+    "diversity",
+    "vispruner",
+    "visionzip",
+    "hiprune",
+    "oc-vtp",
+    "metacompress",
+    "covering",
+    "learned",
+)
 DIVERSITIES = (0.0, 0.1, 0.2, 0.5, 1.0)
 TENTH = 0.1  # the library's default share of diversity
 DRAWS = 10_000
@@ -481,6 +493,8 @@ LINES = {
     "diversity": ("diversity", "tab:blue"),
     "vispruner": ("vispruner", "tab:green"),
     "hiprune": ("hiprune", "tab:purple"),
+    "oc-vtp": ("oc-vtp", "tab:cyan"),
+    "metacompress": ("metacompress", "tab:pink"),
     "covering": ("covering", "tab:brown"),
     "learned": ("learned", "tab:red"),
 }

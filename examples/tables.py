@@ -166,7 +166,8 @@ def figures() -> str:
     cpu = next(
         x
         for x in rows_of("benchmark_cpu.csv")
-        if (x["model"], x["budget"], x["batch"], x["scorer"], x["metric"]) == ("llava", "32", "1", "diversity", "prefill")
+        if (x["model"], x["budget"], x["batch"], x["scorer"], x["metric"])
+        == ("llava", "32", "1", "diversity", "prefill")
     )
     caches = [gpu(CACHE, variant, "LLaVA-1.5-7B") for variant in ("stock", "patched")]
     peaks = [gpu(PEAK, variant, "Qwen2.5-VL-7B") for variant in ("stock", "patched")]
@@ -254,7 +255,6 @@ def models() -> str:
     return "\n".join(lines)
 
 
-
 def types() -> str:
     """Every type, by what the tests said."""
     import matrix
@@ -273,7 +273,9 @@ def refused() -> str:
     """Types that are refused, with the reason."""
     from lp_patch.unfit import UNFIT
 
-    return "\n".join(["| model type | why |", "|---|---|", *(f"| `{name}` | {why} |" for name, why in sorted(UNFIT.items()))])
+    return "\n".join(
+        ["| model type | why |", "|---|---|", *(f"| `{name}` | {why} |" for name, why in sorted(UNFIT.items()))]
+    )
 
 
 def modes() -> str:

@@ -14,7 +14,7 @@ from .config import Options, PruningConfig, make_config, shows_options
 from .engine import Engine
 from .handle import Patch
 from .install import owner
-from .pruner import WEIGHTS_FILE, LearnablePruner, find_pruner, resolve_pruner
+from .pruner import WEIGHTS_FILE, Pruner, find_pruner, resolve_pruner
 from .registry import Adapter, adapter_for, find_parts, unwrap
 from .settings import resolve
 from .strategies import may_use_pruner
@@ -52,7 +52,7 @@ def apply(
     model: nn.Module,
     config: PruningConfig | Mapping[str, Any] | str | Path | None = None,
     *,
-    pruner: LearnablePruner | str | Path | None = None,
+    pruner: Pruner | str | Path | None = None,
     compile: bool = False,
     **options: "Unpack[Options]",
 ) -> Patch:
@@ -63,7 +63,8 @@ def apply(
             changes.
         config: options as a `PruningConfig` or as a dict of its fields, or a folder that `Patch.save_pretrained`
             wrote: its settings, and its pruner if it holds one and none is given.
-        pruner: trained stage-1 weights: a Hub id, a folder, or a `LearnablePruner`; one that was trained on another
+        pruner: trained stage-1 weights: a Hub id, a folder, or a `LearnablePruner` (or another
+            kind, see `lp_patch.strategies`); one that was trained on another
             base warns. None: for a scorer that reads one, and for "auto", the pruner that belongs to the model's
             checkpoint, which is the folder ``lp_patch_pruner`` inside a local one, or a
             `lp_patch.pruner.KNOWN_PRUNERS` entry; without one "auto" is training-free. A settings folder without a
@@ -128,7 +129,7 @@ def applied(
     model: nn.Module,
     config: PruningConfig | Mapping[str, Any] | str | Path | None = None,
     *,
-    pruner: LearnablePruner | str | Path | None = None,
+    pruner: Pruner | str | Path | None = None,
     compile: bool = False,
     **options: "Unpack[Options]",
 ) -> Iterator[Patch]:

@@ -156,8 +156,12 @@ def _row(trace: Any, row: int, own: Tensor, boxes: np.ndarray, picture: np.ndarr
             found.append(
                 replace(panel, note=f"{values[there].min():.2g} to {values[there].max():.2g}") if there.any() else panel
             )
-        stays = torch.isin(own, kept).numpy()
-        found.append(Panel(f"Stage {number}", picture, f"{stays.sum()} kept", boxes[stays], colour=colour))
+        stays, how = torch.isin(own, kept).numpy(), "kept"
+        if trace.mixtures[row] is not None:  # no token stays as it was: how much of each is in those that stand here
+            mixed, how = trace.mixtures[row][torch.isin(trace.stage1[row], kept[torch.isin(kept, own)])], "mixtures"
+            title = f"Stage {number}, share in mixtures"
+            found.append(Panel(title, picture, boxes=boxes, values=mixed.sum(dim=0)[own].numpy(), colour=colour))
+        found.append(Panel(f"Stage {number}", picture, f"{stays.sum()} {how}", boxes[stays], colour=colour))
     return found
 
 

@@ -25,6 +25,8 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl
 
 import lp_patch
 from lp_patch import ConfigError, LearnablePruner, UnsupportedInputError, registry, select, strategies
+from lp_patch.merging import MergingPruner
+from lp_patch.slots import SlotPruner
 from lp_patch.strategies import (
     SCORERS,
     TEXT_SCORERS,
@@ -54,7 +56,7 @@ def scores(name, features, keep=4, seed=0, **given):
 
 
 def test_catalogue():
-    published = {"learned", "diversity", "cls", "visionzip", "vispruner", "hiprune"}
+    published = {"learned", "diversity", "cls", "visionzip", "vispruner", "hiprune", "oc-vtp", "metacompress"}
     assert set(SCORERS) >= published | {"random", "uniform", "none"}
     assert set(TEXT_SCORERS) >= {"text", "last", "fastv", "iwp"}
     table = catalogue().splitlines()
@@ -66,8 +68,9 @@ def test_catalogue():
             assert line.endswith(f" {strategy.source}")
             # a paper, or a word that it is none
             assert re.search(r"\(\d{4}\.\d{5}\)|baseline|no stage 1|\[CLS\] attention|FastV's|ours", line), line
-    assert {name for name in SCORERS if SCORERS[name].needs_pruner} == {"learned", "covering"}
-    assert {name for name in SCORERS if SCORERS[name].reads} == {"cls", "visionzip", "vispruner", "hiprune"}
+    assert {name for name in SCORERS if SCORERS[name].needs_pruner} == {"learned", "covering", "oc-vtp", "metacompress"}
+    assert {name for name in SCORERS if SCORERS[name].reads} == {"cls", "visionzip", "vispruner", "hiprune", "oc-vtp"}
+    assert {name for name in SCORERS if SCORERS[name].mix} == {"metacompress"}
 
 
 @pytest.fixture
@@ -159,15 +162,18 @@ def test_scores_that_look_at_nothing_hear_no_default(name, monkeypatch):
 def test_products_are_exact_under_autocast(monkeypatch, wide):
     monkeypatch.setattr(select, "_wide", lambda features: wide)
     torch.manual_seed(0)
-    features, pruner = 1 + 0.05 * torch.randn(2, 36, 64), LearnablePruner(64, 16)
-    attention = torch.rand(2, 36), torch.rand(2, 36)
+    features, attention = 1 + 0.05 * torch.randn(2, 36, 64), (torch.rand(2, 36), torch.rand(2, 36))
+    pruners = {x.kind: x for x in (LearnablePruner(64, 16), SlotPruner(64, 16, 8), MergingPruner(64, 8, 6))}
+    read = {"oc-vtp": (features,)}
     iwp = stage2_input(torch.randn(20, 4), torch.randn(1, 1, 20, 4), query=torch.randn(1, 1, 1, 4), keep=15)
     calls = {
-        name: lambda s=s: (s.select or s.score)(Stage1Input(features, 20, 0, attention[: len(s.reads)], pruner))
+        name: lambda s=s: (s.select or s.score or s.mix)(
+            Stage1Input(features, 20, 0, read.get(s.name, attention[: len(s.reads)]), pruners[s.kind])
+        )
         for name, s in SCORERS.items()
-        if s.select or s.score
+        if s.select or s.score or s.mix
     } | {name: lambda s=s: s.score(iwp) for name, s in TEXT_SCORERS.items()}
-    assert {"learned", "covering", "vispruner", "iwp", "text"} <= calls.keys()
+    assert {"learned", "covering", "vispruner", "oc-vtp", "metacompress", "iwp", "text"} <= calls.keys()
     for name, call in calls.items():
         want = call()
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -189,6 +195,8 @@ def test_auto():
     assert resolve_scorer("auto", None) is SCORERS["diversity"]
     assert resolve_scorer("auto", pruner) is SCORERS["learned"]
     assert resolve_scorer("learned", pruner) is SCORERS["learned"]
+    assert resolve_scorer("auto", SlotPruner(3, 4, 2)) is SCORERS["oc-vtp"]
+    assert resolve_scorer("auto", MergingPruner(3, 4, 2)) is SCORERS["metacompress"]
     for name in ("diversity", "cls", "random", "uniform"):
         assert resolve_scorer(name, None) is SCORERS[name]
 

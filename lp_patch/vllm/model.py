@@ -66,10 +66,10 @@ class PrunedModel:
     def embed_multimodal(self, **kwargs: Any) -> list[Tensor]:
         """What is left of each picture, with the digits of its places: (R1, D + 2 axes) each."""
         features, attention = self.encode(**kwargs)
-        chosen, _ = stage1_apart(self.pruning, self.pruning.scorer, [self.read(x) for x in features], attention)
+        found = stage1_apart(self.pruning, self.pruning.scorer, [self.read(x) for x in features], attention)
         compact = self.pruning.config.positions == "compact"
         left, places = [], []
-        for picture, (x, kept) in enumerate(zip(features, chosen, strict=True)):
+        for picture, (x, (kept, *_)) in enumerate(zip(features, found, strict=True)):
             index = torch.arange(len(x), device=x.device) if kept is None else kept
             left.append(x if kept is None else x.index_select(0, kept))
             if compact:

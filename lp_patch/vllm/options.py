@@ -8,10 +8,10 @@ from transformers import AutoConfig
 from ..budget import StageBudget, stage_budget
 from ..config import PruningConfig, make_config
 from ..errors import ConfigError, UnsupportedModelError
-from ..pruner import LearnablePruner, find_pruner, pruner_source, resolve_pruner
+from ..pruner import Pruner, find_pruner, pruner_source, resolve_pruner
 from ..registry import features_width
 from ..settings import check_strategies
-from ..strategies import Scorer, may_use_pruner, resolve_scorer, resolve_text_scorer
+from ..strategies import SCORERS, Scorer, may_use_pruner, resolve_scorer, resolve_text_scorer
 
 KEY = "lp_patch"  # of the model's config, as vLLM's processes see it
 ROWS_KEY = "lp_patch_rows"  # beside it: how many positions the rotary tables must hold
@@ -33,7 +33,7 @@ class ServerOptions(NamedTuple):
 
     config: PruningConfig
     scorer: Scorer
-    pruner: LearnablePruner | None
+    pruner: Pruner | None
 
     def budget(self, present: int) -> StageBudget:
         """What a picture of `present` tokens keeps; both numbers are the same."""
@@ -88,6 +88,11 @@ def overrides(model: str | Path, *, pruner: str | Path | None = None, **options:
         module, source = resolve_pruner(pruner, width, hf_config), pruner
     scorer = resolve_scorer(config.scorer, module)
     check_strategies(config, scorer, resolve_text_scorer(config.text_scorer))
+    if scorer.mix is not None or any(reading.of == "tokens" for reading in scorer.reads):
+        raise ConfigError(
+            f"scorer={scorer.name!r} merges tokens or reads those of an early layer, which the plugin does not do: use "
+            "another scorer, or lp_patch.apply under transformers"
+        )
     if scorer.reads and given not in READ_ATTENTION:
         raise ConfigError(f"scorer={scorer.name!r} reads [CLS], which {given} does not have: use another scorer")
     if source is not None and Path(source).is_dir():
@@ -125,8 +130,7 @@ def options_of(hf_config: Any, width: int | None = None) -> ServerOptions:
     options = dict(written)
     pruner = options.pop("pruner", None)
     config = make_config(None, {**options, "stage_ratio": 1.0})
-    if width is None or pruner is None:
-        scorer = resolve_scorer(config.scorer, LearnablePruner(1, 1) if pruner is not None else None)
-        return ServerOptions(config, scorer, None)
-    module = LearnablePruner.from_pretrained(pruner, width=width).requires_grad_(False)
-    return ServerOptions(config, resolve_scorer(config.scorer, module), module)
+    module = None
+    if width is not None and pruner is not None:
+        module = Pruner.from_pretrained(pruner, width=width).requires_grad_(False)
+    return ServerOptions(config, SCORERS[config.scorer], module)
