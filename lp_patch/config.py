@@ -33,8 +33,8 @@ class PruningConfig:
         positions: position ids of the survivors: "original" (theirs in the full sequence; ours) or "compact"
             (numbered consecutively after stage 1; stage 2 never renumbers).
         seed: for strategies that draw.
-        rounding: "up", the paper's ceiling, whose true average may exceed the budget by a token or two; or "down", which
-            keeps to the budget (ours): R2 rounded down, R1 taking what that leaves.
+        rounding: "up", the paper's ceiling, whose true average may exceed the budget by a token or two; or "down",
+            which keeps to the budget (ours): R2 rounded down, R1 taking what that leaves.
     """
 
     tokens: int | None = None
