@@ -32,7 +32,13 @@ class Answer(NamedTuple):
 
 @contextmanager
 def bare(model: nn.Module) -> Iterator[None]:
-    """The model without a patch of ours, in evaluation mode, without gradients; at the end all is as it was."""
+    """The model without a patch of ours, in evaluation mode, without gradients; at the end all is as it was.
+
+    Raises:
+        ConfigError: it cannot generate answers.
+    """
+    if not hasattr(model, "generate"):
+        raise ConfigError(f"{type(model).__name__} cannot generate answers: give the whole model, with its head")
     patch = find_patch(model)
     training = [module for module in model.modules() if module.training]
     if patch is not None:
@@ -104,8 +110,6 @@ def on_device(model: Any, prompt: Prompt) -> Prompt:
 
 def greedy(model: Any, prompt: Prompt, new_tokens: int, **options: Any) -> Answer:
     """The greedy answers, at most `new_tokens` long, on the model's device; `options` are generate()'s."""
-    if not hasattr(model, "generate"):
-        raise ConfigError(f"{type(model).__name__} cannot generate answers: give the whole model, with its head")
     options = {"max_new_tokens": new_tokens, "do_sample": False, "num_beams": 1, **options}
     output = model.generate(**on_device(model, prompt), **options)
     tokens = output[:, prompt["input_ids"].shape[1] :]

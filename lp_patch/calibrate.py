@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 import torch
@@ -35,8 +35,10 @@ from .answers import (
 from .config import PruningConfig, make_config
 from .errors import ConfigError, UnsupportedInputError
 from .handle import Patch
+from .patch import declared
 from .pruner import LearnablePruner
 from .recommend import merged, recommendation
+from .registry import find_parts, unwrap
 
 SEARCHED = ("layer", "stage_ratio", "rounding")
 RATIOS = (1.5, 2.0, 4.0)  # beside the usual 3
@@ -191,7 +193,11 @@ class Calibration:
 
 
 class Reference(NamedTuple):
-    """The full model's answers to one batch of prompts, on the CPU: log-probabilities (B, T, V) float32."""
+    """The full model's answers to one batch of B prompts.
+
+    Attributes:
+        log_probabilities: (B, T, V) float32, on the CPU.
+    """
 
     prompt: Prompt
     answer: Answer
@@ -200,7 +206,7 @@ class Reference(NamedTuple):
 
 def calibrate(
     model: nn.Module,
-    prompts: Iterable[Any],
+    prompts: Iterable[Any] | list[Reference],
     config: PruningConfig | dict[str, Any] | None = None,
     *,
     pruner: LearnablePruner | str | Path | None = None,
@@ -219,10 +225,11 @@ def calibrate(
         model: unpatched, or patched by us: then the patch is back at the end, and takes no part.
         prompts: unlabelled processor outputs (dicts of tensors, batched or not, padded on the left), 48 rows or better
             96, of the kinds that the model will be asked. They are kept in memory, and so are the full model's
-            probabilities: 4 bytes x vocabulary for each token of its answers.
+            probabilities: 4 bytes x vocabulary for each token of its answers. Or what `ask` made of them, which serves
+            any number of calibrations.
         config: the other options, as for `apply`; a budget among them (``tokens=32``).
         pruner: as for `apply`.
-        answer_tokens: how much of the full model's answer is compared.
+        answer_tokens: how much of the full model's answer is compared; nothing that `ask` made changes by it.
         progress: show it on stderr.
         options: fields of `PruningConfig` but for those that are searched; they override `config`.
 
@@ -236,41 +243,57 @@ def calibrate(
         if default._settings.scorer.keeps_all:
             raise ConfigError(f"scorer={base.scorer!r} has no stage 1 to compare with: take another scorer")
         candidates = _stages(default, model, pruner)
-        batches = list(check_prompts(prompts))
-        rows = sum(len(x["input_ids"]) for x in batches)
-        if rows < 2:
-            raise ConfigError(f"got {rows} prompts: give {FEW} or more, better twice as many")
+        references = prompts if _asked(prompts) else ask(model, prompts, answer_tokens, progress)
         runs = len(candidates) + len(RATIOS)
-        placeholders = [x.placeholder for x in default._parts.modalities]
-        _say(progress, f"{rows} prompts in {len(batches)} batches; of each 2 forwards unpruned and {runs} pruned")
-        bar = tqdm(desc="lp_patch.calibrate", total=len(batches) * (1 + runs), disable=not progress)
-        with bar:
-            references = []
-            for prompt in batches:
-                began = time.perf_counter()
-                references.append(_reference(model, prompt, answer_tokens, placeholders))
-                bar.update()
-                if len(references) == 1:
-                    full = time.perf_counter() - began
-                    _measure(model, candidates[1], references, None)
-                    pruned = time.perf_counter() - began - full
-                    minutes = len(batches) * (full + runs * pruned) / 60
-                    _say(progress, f"about {minutes:.1f} minutes, going by the first batch")
+        began = time.perf_counter()
+        _measure(model, candidates[1], references[:1], None)
+        minutes = len(references) * runs * (time.perf_counter() - began) / 60
+        _say(progress, f"{runs} settings, a pruned forward a batch each: about {minutes:.1f} minutes")
+        with tqdm(desc="lp_patch.calibrate", total=len(references) * runs, disable=not progress) as bar:
             tried = [_measure(model, candidate, references, bar) for candidate in candidates]
             _check_pruned(tried[1], default)
             swept = min((x for x in tried if x.config.stage_ratio > 1), key=lambda x: x.divergence.mean())
             for ratio in RATIOS:
-                of = replace(swept.config, stage_ratio=ratio)
-                tried.append(_measure(model, (_name(of), prepare(model, of, pruner)), references, bar))
-    notes = _notes(references)
+                patch = prepare(model, replace(swept.config, stage_ratio=ratio), pruner)
+                tried.append(_measure(model, (_name(patch), patch), references, bar))
+    notes = doubts(references)
     for note in notes:
         warnings.warn(f"lp_patch.calibrate: {note}", stacklevel=2)
     divergence = np.stack([x.divergence for x in tried])
     chosen = choose(divergence)
-    drawn = np.random.default_rng(0).integers(0, rows, (DRAWS, rows))
+    n = divergence.shape[1]
+    drawn = np.random.default_rng(0).integers(0, n, (DRAWS, n))
     stability = float(np.mean([choose(divergence[:, index]) == chosen for index in drawn]))
     settings = default._settings
     return Calibration(tuple(tried), chosen, stability, settings.scorer.name, notes, settings.pruner)
+
+
+def ask(model: nn.Module, prompts: Iterable[Any], answer_tokens: int = 32, progress: bool = True) -> list[Reference]:
+    """The full model's answers, with which `calibrate` may be called for several budgets and scorers.
+
+    Arguments are those of `calibrate`.
+    """
+    placeholders = [x.placeholder for x in find_parts(model, declared(unwrap(model))).modalities]
+    batches = list(check_prompts(prompts))
+    rows = sum(len(x["input_ids"]) for x in batches)
+    if rows < 2:
+        raise ConfigError(f"got {rows} prompts: give {FEW} or more, better twice as many")
+    found: list[Reference] = []
+    began = time.perf_counter()
+    with bare(model):
+        for prompt in tqdm(batches, "lp_patch.calibrate, full model", disable=not progress):
+            # read again after the prompt, a placeholder would ask for a picture
+            answer = greedy(model, prompt, answer_tokens, suppress_tokens=placeholders)
+            probable = log_probabilities(model, None, prompt, answer.tokens)
+            found.append(Reference(prompt, answer, probable.cpu()))
+            if len(found) == 1:
+                minutes = len(batches) * (time.perf_counter() - began) / 60
+                _say(
+                    progress,
+                    f"{rows} prompts in {len(batches)} batches, each answered and read by the full model: "
+                    f"about {minutes:.1f} minutes",
+                )
+    return found
 
 
 def paired(values: np.ndarray) -> tuple[float, float]:
@@ -295,6 +318,31 @@ def choose(divergence: np.ndarray) -> int:
     return 1 if beats(1, 0) and not beats(best, 1) else best
 
 
+def doubts(references: Sequence[Reference]) -> tuple[str, ...]:
+    """What makes the prompts doubtful as a sample."""
+    answers: Counter[tuple[int, ...]] = Counter()
+    questions: Counter[tuple[int, ...]] = Counter()
+    for prompt, answer, _ in references:
+        answers.update(tuple(x[keep].tolist()) for x, keep in zip(answer.tokens, answer.valid, strict=True))
+        ids = prompt["input_ids"]
+        mask = prompt.get("attention_mask", torch.ones_like(ids)).bool()
+        # an image's placeholders repeat, as many as it has tokens: once will do
+        questions.update(tuple(x[keep].unique_consecutive().tolist()) for x, keep in zip(ids, mask, strict=True))
+    n = sum(answers.values())
+    if n < FEW:
+        return (f"{n} prompts are too few to tell settings apart: give {FEW} or more, better twice as many",)
+    notes = []
+    common = sum(count for _, count in answers.most_common(2)) / n
+    if common > ONE_SIDED:
+        notes.append(
+            f"two answers make up {common:.0%} of the full model's: prompts of one kind mislead, give mixed ones"
+        )
+    same = questions.most_common(1)[0][1] / n
+    if same > ONE_SIDED:
+        notes.append(f"{same:.0%} of the prompts ask the same: the settings suit that question, perhaps no other")
+    return tuple(notes)
+
+
 def _base(config: PruningConfig | dict[str, Any] | None, options: dict[str, Any]) -> PruningConfig:
     """The options that all settings share, with the default layer and ratio."""
     base = make_config(config, options)
@@ -316,15 +364,8 @@ def _stages(default: Patch, model: nn.Module, pruner: Any) -> list[tuple[str, Pa
     step = max(1, round(len(able) / LAYERS))
     alone = replace(config, stage_ratio=1, text_scorer=PruningConfig.text_scorer)
     others = [replace(config, layer=x) for x in able[at % step :: step] if x != shape.layer]
-    found = [(f"default ({_name(replace(config, layer=shape.layer))})", default)]
-    return found + [(_name(x), prepare(model, x, pruner)) for x in (alone, *others)]
-
-
-def _reference(model: nn.Module, prompt: Prompt, answer_tokens: int, placeholders: list[int]) -> Reference:
-    # read again after the prompt, a placeholder would ask for a picture
-    answer = greedy(model, prompt, answer_tokens, suppress_tokens=placeholders)
-    found = log_probabilities(model, None, prompt, answer.tokens)
-    return Reference(prompt, answer, found.cpu())
+    patches = [prepare(model, x, pruner) for x in (alone, *others)]
+    return [(f"default ({_name(default)})", default), *((_name(x), x) for x in patches)]
 
 
 def _measure(
@@ -359,37 +400,17 @@ def _check_pruned(alone: Tried, default: Patch) -> None:
         )
 
 
-def _notes(references: Sequence[Reference]) -> tuple[str, ...]:
-    """What makes the prompts doubtful as a sample."""
-    answers: Counter[tuple[int, ...]] = Counter()
-    questions: Counter[tuple[int, ...]] = Counter()
-    for prompt, answer, _ in references:
-        answers.update(tuple(x[keep].tolist()) for x, keep in zip(answer.tokens, answer.valid, strict=True))
-        ids = prompt["input_ids"]
-        mask = prompt.get("attention_mask", torch.ones_like(ids)).bool()
-        # an image's placeholders repeat, as many as it has tokens: once will do
-        questions.update(tuple(x[keep].unique_consecutive().tolist()) for x, keep in zip(ids, mask, strict=True))
-    n = sum(answers.values())
-    notes = []
-    if n < FEW:
-        notes.append(f"{n} prompts are too few to tell settings apart: give {FEW} or more, better twice as many")
-    common = sum(count for _, count in answers.most_common(2)) / n
-    if common > ONE_SIDED:
-        notes.append(
-            f"two answers make up {common:.0%} of the full model's: prompts of one kind mislead, give mixed ones"
-        )
-    same = questions.most_common(1)[0][1] / n
-    if same > ONE_SIDED:
-        notes.append(f"{same:.0%} of the prompts ask the same: the settings suit that question, perhaps no other")
-    return tuple(notes)
-
-
-def _name(config: PruningConfig) -> str:
-    return "stage 1 alone" if config.stage_ratio == 1 else f"layer {config.layer}, ratio {config.stage_ratio:g}"
+def _name(patch: Patch) -> str:
+    ratio = patch.config.stage_ratio
+    return "stage 1 alone" if ratio == 1 else f"layer {patch._settings.shape.layer}, ratio {ratio:g}"
 
 
 def _budget(config: PruningConfig) -> str:
     return f"tokens={config.tokens}" if config.tokens is not None else f"ratio={config.ratio:.4g}"
+
+
+def _asked(prompts: object) -> TypeGuard[list[Reference]]:
+    return isinstance(prompts, list) and bool(prompts) and isinstance(prompts[0], Reference)
 
 
 def _say(progress: bool, text: str) -> None:

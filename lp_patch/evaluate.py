@@ -82,17 +82,16 @@ class Evaluation:
         """All of it as numbers, strings, lists and dicts, for JSON."""
         return {"measure": self.measure, "confidence": self.confidence, "settings": list(self._rows())}
 
-    def save(self, path: str | Path) -> None:
-        """Write a CSV, a row for each setting; `scores` are in the order of the prompts."""
+    def save(self, path: str | Path, **columns: object) -> None:
+        """Write a CSV, a row for each setting, with more columns alike for all; `scores` are in the prompts' order."""
         rows = list(self._rows())
         with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, ["measure", *rows[0]], lineterminator="\n")
+            writer = csv.DictWriter(file, ["measure", *rows[0], *columns], lineterminator="\n")
             writer.writeheader()
             for row in rows:
                 scores = " ".join(f"{x:g}" for x in row["scores"])
-                writer.writerow(
-                    {"measure": self.measure, **row, "settings": json.dumps(row["settings"]), "scores": scores}
-                )
+                shown = {**row, "settings": json.dumps(row["settings"]), "scores": scores}
+                writer.writerow({"measure": self.measure, **shown, **columns})
 
     def plot(self, path: str | Path) -> None:
         """Draw scores against the true average of visual tokens; settings that differ in budget alone make a line."""
@@ -257,18 +256,16 @@ def _named(settings: Mapping[str, Setting] | Sequence[Setting]) -> dict[str, Set
     """The settings by name."""
     if isinstance(settings, PruningConfig):
         raise ConfigError("settings must be a list of settings, or a dict of them by name: put a single one in a list")
-    if isinstance(settings, Mapping):
-        found = dict(settings)
-    else:
-        found = {describe(_shown(x)) or "default": x for x in settings}
-        if len(found) < len(settings):
-            raise ConfigError("two settings are the same")
-    wrong = [x for x in found.values() if not isinstance(x, (PruningConfig, Mapping))]
-    if wrong or FULL in found or not found:
+    given = list(settings.values() if isinstance(settings, Mapping) else settings)
+    wrong = [x for x in given if not isinstance(x, (PruningConfig, Mapping))]
+    if wrong or not given or (isinstance(settings, Mapping) and FULL in settings):
         raise ConfigError(
             f'settings must be one or more PruningConfigs or dicts, none called "{FULL}", got {settings!r:.200}'
         )
-    return found
+    names = list(settings) if isinstance(settings, Mapping) else [describe(_shown(x)) or "default" for x in given]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"two settings are the same: {names}")
+    return dict(zip(names, given, strict=True))
 
 
 def _split(setting: Setting) -> tuple[Setting, Any]:
