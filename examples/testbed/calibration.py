@@ -102,7 +102,6 @@ def calibrate(setup: Setup, folder: Path, path: Path) -> dict[str, dict]:
             print(result, flush=True)
             found[f"{scorer} {tokens}"] = {**result.to_dict(), "recommendation": result.recommendation()}
             path.write_text(json.dumps(found, indent=1) + "\n")
-            result.plot(path.with_name(f"{path.stem}_{scorer}_{tokens}.png"))
     return found
 
 
