@@ -5,10 +5,12 @@
         --output examples/results/calibration_smollm.csv
 
 Calibrated on unlabelled questions about scenes rendered for it, whose pictures and photographs are in no question of
-the evaluation; then asked the evaluation's questions, as are the default, stage 1 alone, and stage 1 alone at the
-tokens that the default's rounding up really spends. The pictures come in an order of which any beginning is spread
-over all, and the CSV grows by a few of them at a time: stopped and started again, it goes on. Beside it, ``.json``
-holds what every calibration found, which ``--ship`` puts into a pruner; what it holds is not made again.
+the evaluation; then asked the evaluation's questions, as are the default rounded down, and stage 1 alone at the tokens
+that the default's rounding up really spends. How the default and stage 1 alone answer is read from the CSV that
+``examples/evaluate.py`` wrote (whose "full" is here "full, there"). The pictures come in an order of which any
+beginning is spread over all, and the CSV grows by a few of them at a time: stopped and started again, it goes on.
+Beside it, ``.json`` holds what every calibration found, which ``--ship`` puts into a pruner; what it holds is not made
+again.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import random
 import shlex
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +37,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "testbed")]
 
 from evaluate import TOKENS, RememberedTower
 from questions import for_training
-from retention import TESTBED, questions
+from retention import ALONE, STUDIES, TESTBED, Cell, base, bits, load, questions, text_mode
 from scenes import RUNS, Style, build
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -49,6 +52,7 @@ BLOCK = 4  # batches between two states of the CSV
 SCORERS = ("diversity", "covering", "learned")
 BUDGETS = (32, 16)
 MEASURED = ("scores", "averages")
+ROWS = ("default, rounded down", "stage 1 alone, a token more", "calibrated")
 
 
 class Setup:
@@ -105,32 +109,63 @@ def calibrate(setup: Setup, folder: Path, path: Path) -> dict[str, dict]:
     return found
 
 
-def settings(folder: Path, found: dict[str, dict]) -> dict[str, dict]:
+def settings(folder: Path, found: dict[str, dict], names: list[str]) -> dict[str, dict]:
     """What is asked the evaluation's questions, by name."""
     asked = {}
     for scorer in SCORERS:
         pruner = {} if scorer == "diversity" else {"pruner": folder / "lp_patch_pruner"}
         for tokens in BUDGETS:
-            base = {"scorer": scorer, **pruner}
+            if f"{scorer} {tokens}" not in found:
+                continue
+            start = {"scorer": scorer, **pruner}
             calibrated = {x: found[f"{scorer} {tokens}"]["config"][x] for x in ("layer", "stage_ratio")}
             rows = {
-                "default": {"tokens": tokens, "stage_ratio": 3.0},
                 "default, rounded down": {"tokens": tokens, "stage_ratio": 3.0, "rounding": "down"},
-                "stage 1 alone": {"tokens": tokens, "stage_ratio": 1.0},
                 "stage 1 alone, a token more": {"tokens": tokens + 1, "stage_ratio": 1.0},
                 "calibrated": {"tokens": tokens, **calibrated, "rounding": "down"},
             }
-            asked |= {f"{scorer} {tokens}: {name}": {**base, **row} for name, row in rows.items()}
+            asked |= {f"{scorer} {tokens}: {name}": {**start, **rows[name]} for name in names}
     return asked
 
 
-def evaluate(setup: Setup, asked: dict[str, dict], scratch: Path) -> Iterator[lp_patch.Evaluation]:
+def known(setup: Setup, path: Path) -> list[Outcome]:
+    """What `examples/evaluate.py` measured of the default and of stage 1 alone, on the same questions."""
+    rows = {Cell.of(row): row for row in load(path) if row["split"] == "seen_styles"}
+    modes = {"default": text_mode(setup.model.config.text_config.num_hidden_layers), "stage 1 alone": ALONE}
+    cells = {"full, there": Cell("full")}
+    for scorer in SCORERS:
+        for tokens in BUDGETS:
+            start = base(scorer, None if scorer == "diversity" else "seed0")
+            # it draws nothing but farthest points: its share of them says nothing
+            start = replace(start, diversity=None) if scorer == "diversity" else start
+            cells |= {f"{scorer} {tokens}: {x}": replace(start, tokens=tokens, **mode) for x, mode in modes.items()}
+    order = [x["id"] for x in questions() if x["split"] == "seen_styles"]
+    index = [order.index(x["id"]) for x in setup.asked]
+    return [
+        Outcome(name, {"from": path.name}, bits(row)[index], np.full(len(index), float(row["average"])))
+        for name, row in ((name, rows[cell]) for name, cell in cells.items())
+    ]
+
+
+def _given(options: dict) -> dict:
+    """Options without those that are left open."""
+    return {name: x for name, x in options.items() if x is not None}
+
+
+def cut(outcome: Outcome, length: int) -> Outcome:
+    """The first so many answers."""
+    return replace(outcome, **{name: getattr(outcome, name)[:length] for name in MEASURED})
+
+
+def evaluate(
+    setup: Setup, asked: dict[str, dict], beside: list[Outcome], scratch: Path
+) -> Iterator[lp_patch.Evaluation]:
     """The evaluation so far, after each block of questions; `scratch` holds the blocks that are done."""
     words, prompts = setup.processor.tokenizer, setup.evaluation()
     # settings that come to the same are asked once
     first: dict[str, str] = {}
     for name, options in asked.items():
-        first[name] = next((x for x in first if {"rounding": "up", **asked[x]} == {"rounding": "up", **options}), name)
+        first[name] = next((x for x in first if _given(asked[x]) == _given(options)), name)
     scratch.mkdir(parents=True, exist_ok=True)
     found: dict[str, list[Outcome]] = {}
     for start in range(0, len(prompts), BLOCK):
@@ -153,6 +188,7 @@ def evaluate(setup: Setup, asked: dict[str, dict], scratch: Path) -> Iterator[lp
             Outcome(name, parts[0].settings, *(np.concatenate([getattr(x, y) for x in parts]) for y in MEASURED))
             for name, parts in found.items()
         ]
+        outcomes += [cut(x, len(outcomes[0].scores)) for x in beside]
         yield lp_patch.Evaluation("accuracy", tuple(outcomes), 0.95)
 
 
@@ -166,11 +202,13 @@ def verdict(result: lp_patch.Evaluation) -> str:
         ("default", "stage 1 alone, a token more"),
         ("default", "default, rounded down"),
     )
-    lines = []
+    names, lines = {x.name for x in result.outcomes}, []
     for scorer in SCORERS:
         for tokens in BUDGETS:
             for one, other in pairs:
                 start = f"{scorer} {tokens}: "
+                if not {start + one, start + other} <= names:
+                    continue
                 gap = [100 * x for x in result.difference(start + one, start + other)]
                 lines.append("{:<62} {:+5.1f} ({:+.1f} to {:+.1f})".format(f"{start}{one} - {other}", *gap))
     return "\n".join(lines)
@@ -190,6 +228,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=TESTBED / "model")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to ask")
+    parser.add_argument("--only-evaluate", action="store_true", help="no calibration that is not made yet")
     parser.add_argument("--limit", type=int, help="ask about so many pictures of the evaluation")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ship", type=Path, metavar="FOLDER", help="only put what was found into this pruner")
@@ -201,7 +241,7 @@ def main() -> None:
     torch.set_num_threads(1)
     args.model = Path(os.path.relpath(args.model))  # the CSV names it
     setup = Setup(args.model, getattr(torch, args.dtype), args.limit)
-    found = calibrate(setup, args.model, path)
+    found = json.loads(path.read_text()) if args.only_evaluate else calibrate(setup, args.model, path)
     about = {
         "dtype": args.dtype,
         "device": "CPU",
@@ -211,7 +251,9 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "examples/testbed/calibration.py", *sys.argv[1:]]),
     }
-    for result in evaluate(setup, settings(args.model, found), RUNS / "calibration" / args.output.stem):
+    beside = known(setup, STUDIES["smollm" if "smollm" in args.model.name else "model"].path)
+    asked = settings(args.model, found, args.rows)
+    for result in evaluate(setup, asked, beside, RUNS / "calibration" / args.output.stem):
         print(result, verdict(result), sep="\n\n", flush=True)
         result.save(args.output, **about)
 
