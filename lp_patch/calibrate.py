@@ -116,6 +116,7 @@ class Calibration:
                     "average": x.average,
                     "divergence": float(x.divergence.mean()),
                     "standard_error": paired(x.divergence)[1],
+                    "divergences": x.divergence.tolist(),
                     "config": asdict(x.config),
                 }
                 for number, x in enumerate(self.tried)

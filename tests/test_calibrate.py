@@ -1,8 +1,10 @@
 """`lp_patch.calibrate`: criterion against generation itself, choice against plain loops; settings that travel."""
 
 import json
+import re
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -371,3 +373,31 @@ def test_one_entry_for_a_strategy_at_a_budget():
     config = PruningConfig(ratio=0.1)
     assert recommended(config, [ENTRY, other], "learned", {"ratio"}).layer == 3
     assert recommended(config, [ENTRY, other], "covering", {"ratio"}) == config
+
+
+# ---------------------------------------------------------------------- the document
+
+DOCUMENT = (Path(__file__).resolve().parent.parent / "docs" / "calibrate.md").read_text(encoding="utf-8")
+
+
+class Words:
+    """A tokenizer's decode."""
+
+    def decode(self, ids, skip_special_tokens):
+        return " ".join(map(str, ids.tolist()))
+
+
+@pytest.mark.filterwarnings("ignore:lp_patch.calibrate. 4 prompts are too few")
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL))
+def test_snippets_of_the_document(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = tiny_llava(dtype=torch.float32)
+    given = [{**x, "pixel_values": x["pixel_values"].float()} for x in prompts()]
+    # a tiny model says much in 32 tokens
+    code = code.replace("prompts, tokens=32)", "prompts, tokens=32, answer_tokens=2)").replace(
+        "ask(model, prompts)", "ask(model, prompts, 2)"
+    )
+    code = code.replace("settings)\n", "settings, max_new_tokens=2)\n")
+    exec(code, {"model": model, "prompts": given, "labels": ["1"] * 4, "tokenizer": Words()})
+    assert capsys.readouterr().out
+    assert not lp_patch.is_applied(model)
