@@ -134,7 +134,8 @@ class LearnablePruner(nn.Module):
         except ConfigError as error:
             raise PrunerError(f"recommended settings: {error}") from error
         sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
-        return {"format_version": FORMAT_VERSION, **sizes, **{name: getattr(self, name) for name in FACTS}}
+        facts = {name: getattr(self, name) for name in FACTS if name != "recommended" or self.recommended}
+        return {"format_version": FORMAT_VERSION, **sizes, **facts}
 
     @classmethod
     def from_pretrained(
