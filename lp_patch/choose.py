@@ -77,8 +77,8 @@ def stage1(
 def stage1_apart(
     settings: Pruning, scorer: Scorer, features: Sequence[Tensor], attention: Mapping[Reading, Sequence[Tensor]] = {}
 ) -> list[tuple[Tensor | None, Tensor | None, Tensor | None]]:
-    """The same for inputs of any lengths, (N, C) each, with what the scorer reads of each: indices (R1,), scores (N,), weights
-    (R1, N) of each.
+    """The same for inputs of any lengths, (N, C) each, and what the scorer reads of each: indices (R1,), scores (N,),
+    weights (R1, N) of each.
     """
     found: list[tuple[Tensor | None, Tensor | None, Tensor | None]] = [(None, None, None)] * len(features)
     for present in sorted({len(x) for x in features}):

@@ -34,6 +34,8 @@ class PruningConfig:
         positions: position ids of the survivors: "original" (theirs in the full sequence; ours) or "compact"
             (numbered consecutively after stage 1; stage 2 never renumbers).
         seed: for strategies that draw.
+        rounding: "up", the paper's ceiling, whose true average may exceed the budget by a token or two; or "down",
+            which keeps to the budget (ours): R2 rounded down, R1 taking what that leaves.
     """
 
     tokens: int | None = None
@@ -46,6 +48,7 @@ class PruningConfig:
     final_wipe_layer: int | None = None
     positions: str = "original"
     seed: int = 0
+    rounding: str = "up"
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.ratio is not None:
@@ -74,6 +77,8 @@ class PruningConfig:
         if self.positions not in ("original", "compact"):
             raise ConfigError(f'positions must be "original" or "compact", got {self.positions!r}')
         _integer("seed", self.seed, low=0)
+        if self.rounding not in ("up", "down"):
+            raise ConfigError(f'rounding must be "up" or "down", got {self.rounding!r}')
 
     def save(self, folder: str | Path) -> None:
         """Write ``pruning.json`` into `folder`, which is made if missing."""

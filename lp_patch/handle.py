@@ -165,7 +165,9 @@ class Patch:
         state = "active" if self.active else "removed"
         return f"<lp_patch.Patch of {self._parts.adapter.family} ({state}): {budget}, {stages}>"
 
-    def _install(self) -> None:
+    def put_back(self) -> None:
+        """Put the patch on its model, which carries none of ours: after `remove`, the same one again."""
+        self._engine.state.held = False  # hooks that stay on a static cache's account went with `remove`
         try:
             self._engine.install(self._installation)
         except BaseException:

@@ -14,14 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import PrunerError
+from .errors import ConfigError, PrunerError
+from .recommend import check_recommended
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 # still 1: the facts below are optional, so files without them load here, and files with them in an older lp_patch
 FORMAT_VERSION = 1
-FACTS = ("base_model", "model_type", "license", "training_info")
+FACTS = ("base_model", "model_type", "license", "training_info", "recommended")
 CARD_MARK = "<!-- lp_patch writes this card anew at each save. Delete this line, and it keeps what you wrote. -->"
 
 CHECKPOINT_FOLDER = "lp_patch_pruner"  # inside a local checkpoint's folder: the pruner that belongs to it
@@ -41,8 +42,10 @@ class Pruner(nn.Module):
         license: of the weights, an identifier of the Hub's; None: unknown.
         training_info: how it was trained and what it reached, for the model card: "objective", "data", "samples",
             "seed", "figures" (a dict) and whatever else JSON holds.
+        recommended: settings that `lp_patch.calibrate` found best with it, a dict for each strategy and budget
+            (`lp_patch.recommend`); `apply` takes them where the caller says nothing else.
 
-    The last four are attributes too, and are checked again when it is saved.
+    The last five are attributes too, and are checked again when it is saved.
 
     Attributes:
         kind: the name of the strategy that "auto" means with such weights; ``config.json`` says it.
@@ -71,6 +74,7 @@ class Pruner(nn.Module):
         model_type: str | None = None,
         license: str | None = "apache-2.0",
         training_info: dict[str, Any] | None = None,
+        recommended: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
         for name, value in sizes.items():
@@ -81,6 +85,7 @@ class Pruner(nn.Module):
         self.model_type = model_type
         self.license = license
         self.training_info = {} if training_info is None else training_info  # `training` is nn.Module's own
+        self.recommended = [] if recommended is None else recommended
         self._config()
 
     def follow(self, x: Tensor) -> None:
@@ -123,9 +128,14 @@ class Pruner(nn.Module):
             raise PrunerError(
                 f"training_info must be a dict of what JSON holds ({error}), got {self.training_info!r:.200}"
             ) from error
+        try:
+            check_recommended(self.recommended)
+        except ConfigError as error:
+            raise PrunerError(f"recommended settings: {error}") from error
         # files of the first kind do not name it: those before there were others do not either
         kind = {} if self.kind == LearnablePruner.kind else {"kind": self.kind}
-        held = {name: getattr(self, name) for name in (*self.sizes, *FACTS)}
+        facts = [name for name in FACTS if name != "recommended" or self.recommended]
+        held = {name: getattr(self, name) for name in (*self.sizes, *facts)}
         return {"format_version": FORMAT_VERSION, **kind, **held}
 
     @classmethod
@@ -273,6 +283,24 @@ patch = lp_patch.apply(model, pruner={json.dumps(source)})  # model: the base mo
 ## Figures
 
 {results}
+{_recommended(pruner)}"""
+
+
+def _recommended(pruner: Pruner) -> str:
+    """The card's section on recommended settings; empty without any."""
+    if not pruner.recommended:
+        return ""
+    names = list(dict.fromkeys(name for entry in pruner.recommended for name in entry))
+    rows = [[_cell(entry[name]) if name in entry else "" for name in names] for entry in pruner.recommended]
+    lines = [names, ["---"] * len(names), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"""
+## Recommended settings
+
+`lp_patch.calibrate` found these best on so many prompts, which `lp_patch.apply(model, tokens=...)` takes unless told
+otherwise.
+
+{table}
 """
 
 

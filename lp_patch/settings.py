@@ -43,10 +43,10 @@ class Settings:
         if present == 0:
             return StageBudget(0, 0)
         n_layers, layer, wipe_layer = self.shape
-        average = self.config.average(present)
+        average, rounding = self.config.average(present), self.config.rounding
         if self.scorer.keeps_all:
-            return inside_budget(average, present, n_layers, layer, wipe_layer)
-        return stage_budget(average, present, n_layers, layer, self.config.stage_ratio, wipe_layer)
+            return inside_budget(average, present, n_layers, layer, wipe_layer, rounding)
+        return stage_budget(average, present, n_layers, layer, self.config.stage_ratio, wipe_layer, rounding)
 
 
 def resolve(parts: Parts, config: PruningConfig, pruner: Pruner | None) -> Settings:

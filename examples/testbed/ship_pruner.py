@@ -33,7 +33,7 @@ def main() -> None:
                 own_rule = cell.scorer == "covering" or cell.scorer == pruner.kind != LearnablePruner.kind
                 usual = cell.diversity in (None, 0.1) or own_rule
                 if usual and all(getattr(cell, name) == value for name, value in mode.items()):
-                    figures[f"{cell.scorer} at {cell.tokens} tokens, {title}"] = (
+                    figures[f"{cell.scorer} at {float(row['average']):.1f} tokens, {title}"] = (
                         f"{100 * float(row['accuracy']):.1f} % of {row['n']} questions"
                     )
     if not figures:
