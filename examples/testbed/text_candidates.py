@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from lp_patch.select import covering_points
+from lp_patch.select import covering_points, select_tokens
 
 TINY = 1e-6
 
@@ -116,6 +117,14 @@ def spread(seen: Seen, score: Tensor, features: Tensor | None = None) -> Tensor:
     return torch.zeros_like(score).scatter(1, chosen, order)
 
 
+def mixed(layers: list[Seen], share: float, layers_read: int) -> Tensor:
+    """(B, N), 1 where `select_tokens` keeps, with this share by farthest points among values, the rest by attention."""
+    seen = layers[-1]
+    score = sum(x.text / x.text.sum(1, keepdim=True) for x in layers[-layers_read:])
+    chosen = select_tokens(seen.value.transpose(1, 2).flatten(2), score, seen.keep, share)
+    return torch.zeros_like(score).scatter(1, chosen, 1.0)
+
+
 def ranked(x: Tensor) -> Tensor:
     """(B, N), each token's rank from 0 to 1."""
     return x.argsort(1).argsort(1) / (x.shape[1] - 1)
@@ -197,6 +206,13 @@ CANDIDATES |= {
     "spread_two_layers": lambda layers: spread(layers[-1], CANDIDATES["two_layers_shares"](layers)),
     "spread_three_layers": lambda layers: spread(layers[-1], CANDIDATES["three_layers_shares"](layers)),
     "spread_alone": lambda layers: spread(layers[-1], torch.ones_like(layers[-1].text)),
+}
+
+# a share of R2 goes to what is least like the rest, as in stage 1
+CANDIDATES |= {
+    f"{name}_{percent}_diverse": partial(mixed, share=percent / 100, layers_read=count)
+    for name, count in (("text", 1), ("three_layers", 3))
+    for percent in (10, 30, 50, 70)
 }
 
 BOUNDS = {

@@ -6,7 +6,19 @@ Stage 2 (`TEXT_SCORERS`): whose attention to the visual tokens is the score, or 
 One short file each; importing it registers it. `print(catalogue())` lists them with their sources.
 """
 
-from . import baselines, cls, covering, diversity, hiprune, iwp, last, learned, text, vispruner  # noqa: F401  (importing registers)
+from . import (  # noqa: F401  (importing registers)
+    baselines,
+    cls,
+    covering,
+    diversity,
+    hiprune,
+    iwp,
+    last,
+    learned,
+    spread,
+    text,
+    vispruner,
+)
 from .base import (
     SCORERS,
     TEXT_SCORERS,
