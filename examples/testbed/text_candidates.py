@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -117,12 +116,10 @@ def spread(seen: Seen, score: Tensor, features: Tensor | None = None) -> Tensor:
     return torch.zeros_like(score).scatter(1, chosen, order)
 
 
-def mixed(layers: list[Seen], share: float, layers_read: int) -> Tensor:
-    """(B, N), 1 where `select_tokens` keeps, with this share by farthest points among values, the rest by attention."""
-    seen = layers[-1]
-    score = sum(x.text / x.text.sum(1, keepdim=True) for x in layers[-layers_read:])
-    chosen = select_tokens(seen.value.transpose(1, 2).flatten(2), score, seen.keep, share)
-    return torch.zeros_like(score).scatter(1, chosen, 1.0)
+def half_diverse(seen: Seen) -> Tensor:
+    """(B, N), 1 where `select_tokens` keeps: half by attention, half by farthest points among values."""
+    chosen = select_tokens(seen.value.transpose(1, 2).flatten(2), seen.text, seen.keep, 0.5)
+    return torch.zeros_like(seen.text).scatter(1, chosen, 1.0)
 
 
 def ranked(x: Tensor) -> Tensor:
@@ -208,12 +205,8 @@ CANDIDATES |= {
     "spread_alone": lambda layers: spread(layers[-1], torch.ones_like(layers[-1].text)),
 }
 
-# a share of R2 goes to what is least like the rest, as in stage 1
-CANDIDATES |= {
-    f"{name}_{percent}_diverse": partial(mixed, share=percent / 100, layers_read=count)
-    for name, count in (("text", 1), ("three_layers", 3))
-    for percent in (10, 30, 50, 70)
-}
+# half of R2 goes to what is least like the rest
+CANDIDATES["text_50_diverse"] = lambda layers: half_diverse(layers[-1])
 
 BOUNDS = {
     "pointer": "attention of the word that the question is about",

@@ -46,7 +46,7 @@ EVALUATION = Path(__file__).resolve().parent / "evaluation"
 PATCHES = 576
 PICTURES = 8  # at once
 SCENES = 320  # that are watched
-ELSEWHERE = 280  # from here on they say what attention a patch usually gets
+ELSEWHERE = 260  # from here on they say what attention a patch usually gets
 
 # ---------------------------------------------------------------------- questions
 
@@ -272,16 +272,16 @@ def measure(bench: Bench, args: argparse.Namespace) -> dict[str, np.ndarray]:
     return {name: np.concatenate(parts, 1) for name, parts in found.items()}
 
 
-SETTING = ("model", "set", "scorer", "tokens", "layer", "stage1", "stage2", "dtype", "candidate")
+SETTING = ("model", "set", "scorer", "tokens", "layer", "stage1", "stage2", "dtype", "candidate", "n")
 MEASURED = ("accuracy", "gain", "low", "high", "loss", "less_loss", "less_low", "less_high", "asked_about")
-COLUMNS = (*SETTING, "n", *MEASURED, "seed", "date", "command")
+COLUMNS = (*SETTING, *MEASURED, "seed", "date", "command")
 
 
 def row(found: dict[str, np.ndarray], name: str) -> dict[str, str]:
     """The measured columns of a candidate."""
     (right, loss, share), (right0, loss0, _) = found[name], found["text"]
     values = right.mean(), *difference(right, right0), loss.mean(), *difference(loss0, loss), np.nanmean(share)
-    return {"n": str(len(right)), **{column: f"{x:.4f}" for column, x in zip(MEASURED, values, strict=True)}}
+    return {column: f"{x:.4f}" for column, x in zip(MEASURED, values, strict=True)}
 
 
 def record(path: Path, rows: list[dict[str, str]]) -> None:
@@ -321,7 +321,10 @@ def main() -> None:
         "date": date.today().isoformat(),
         "command": shlex.join(["python", "examples/testbed/text_scores.py", *sys.argv[1:]]),
     }
-    rows = [{**dict(zip(SETTING, (*map(str, where), name), strict=True)), **row(found, name), **rest} for name in found]
+    rows = []
+    for name, measured in found.items():
+        setting = zip(SETTING, map(str, (*where, name, measured.shape[1])), strict=True)
+        rows.append({**dict(setting), **row(found, name), **rest})
     for x in sorted(rows, key=lambda x: float(x["loss"])):
         print(f"{x['candidate']:24}", *(f"{x[c]:>8}" for c in MEASURED))
     record(args.output, rows)
