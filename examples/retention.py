@@ -481,7 +481,8 @@ def readme_table(results: Results) -> str:
             LEGEND,
             "",
             *short_table(results),
-            "Budgets, question types, a style never seen, sweeps: the testbed's README; every cell, with the command that",
+            "Budgets, question types, a style never seen, sweeps: the testbed's README; "
+            "every cell, with the command that",
             "made it: `examples/results/evaluation_testbed.csv`.",
         ]
     )

@@ -18,6 +18,7 @@ from . import (  # noqa: F401  (importing registers)
     learned,
     metacompress,
     oc_vtp,
+    spread,
     text,
     vispruner,
 )
