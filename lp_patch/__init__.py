@@ -13,7 +13,14 @@ if not (_here / "adapters").is_dir():
 from ._version import __version__
 from .check import Checks, check
 from .config import PruningConfig
-from .errors import ConfigError, LpPatchError, PrunerError, UnsupportedInputError, UnsupportedModelError
+from .errors import (
+    ConfigError,
+    LpPatchError,
+    MissingExtraError,
+    PrunerError,
+    UnsupportedInputError,
+    UnsupportedModelError,
+)
 from .patch import Patch, applied, apply, is_applied, remove
 from .pruner import LearnablePruner
 from .registry import Adapter, register, supported
@@ -26,6 +33,7 @@ __all__ = [
     "ConfigError",
     "LearnablePruner",
     "LpPatchError",
+    "MissingExtraError",
     "Patch",
     "PrunerError",
     "PruningConfig",
