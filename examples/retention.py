@@ -432,8 +432,8 @@ def readme_table(results: Results) -> str:
             LEGEND,
             "",
             *short_table(results),
-            "More budgets, question types, a style never seen, sweeps: the testbed's README; every cell, with the command that",
-            "made it: `examples/results/evaluation_testbed.csv`.",
+            "More budgets, question types, a style never seen, sweeps: `examples/testbed/README.md`; every cell, with",
+            "the command that made it: `examples/results/evaluation_testbed.csv`.",
         ]
     )
 
