@@ -17,7 +17,8 @@ from PIL import Image
 from tiny import batch, images, tiny_llava, tokens
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-import lp_patch
+import lp_patch.strategies
+import lp_patch.training
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {x.relative_to(ROOT).as_posix(): x.read_text() for x in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
@@ -62,9 +63,9 @@ def test_snippets(code, capsys):
     assert not lp_patch.is_applied(model)
 
 
-@pytest.mark.parametrize("page", [page for page in ELSEWHERE if page in PAGES])
-def test_snippets_elsewhere_are_run_there(page):
-    assert Path(page).name in (ROOT / ELSEWHERE[page]).read_text()
+def test_snippets_elsewhere_are_run_there():
+    for page in ELSEWHERE.keys() & PAGES:
+        assert Path(page).name in (ROOT / ELSEWHERE[page]).read_text(), page
 
 
 def test_tables_are_those_of_the_files(monkeypatch):
@@ -235,8 +236,8 @@ def test_every_public_name_is_on_the_page_of_the_api(site):
     folder, _ = site
     html = (folder / "docs" / "api" / "index.html").read_text()
     shown = {name.rpartition(".")[2] for name in re.findall(r'id="(lp_patch[\w.]+)"', html)}
-    assert set(lp_patch.__all__) - {"__version__"} <= shown
-    assert set(lp_patch.training.__all__) | set(lp_patch.strategies.__all__) <= shown
+    for module in (lp_patch, lp_patch.strategies, lp_patch.training):
+        assert {name for name in module.__all__ if callable(getattr(module, name))} <= shown
 
 
 def test_every_cell_of_the_tables_is_a_test():
