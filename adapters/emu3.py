@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lp_patch.layout import pages
 from lp_patch.registry import Adapter
 
 
@@ -21,4 +22,5 @@ ADAPTER = Adapter(
     language_model="text_model",
     layers="text_model.layers",
     rotary="text_model.rotary_emb",
+    layout=pages,
 )

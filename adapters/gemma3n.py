@@ -2,6 +2,7 @@
 
 from operator import attrgetter
 
+from lp_patch.layout import tiles
 from lp_patch.registry import Adapter
 
 from .gemma4 import PER_LAYER
@@ -12,4 +13,5 @@ ADAPTER = Adapter(
     fewest=attrgetter("vision_soft_tokens_per_image"),
     per_token=PER_LAYER,
     streams=True,
+    layout=tiles,
 )

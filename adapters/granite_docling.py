@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lp_patch.layout import tiles
 from lp_patch.registry import Adapter
 
 from .qwen3_vl import deepstack_layers
@@ -40,4 +41,5 @@ ADAPTER = Adapter(
     language_model="text_model",
     layers="text_model.layers",
     rotary="text_model.rotary_emb",
+    layout=tiles,
 )

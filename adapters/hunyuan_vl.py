@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lp_patch.layout import rows_of_patches
 from lp_patch.registry import Adapter
 
 
@@ -21,4 +22,4 @@ def marks(base: Any, embeds: Tensor) -> Tensor:
     return found
 
 
-ADAPTER = Adapter(model_type="hunyuan_vl", family="HunYuan-VL", structural=marks)
+ADAPTER = Adapter(model_type="hunyuan_vl", family="HunYuan-VL", structural=marks, layout=rows_of_patches)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lp_patch.layout import rows_of_patches
 from lp_patch.registry import IMAGE, VIDEO, Adapter
 
 
@@ -15,4 +16,10 @@ def line_breaks(base: Any, embeds: Tensor) -> Tensor:
     return (embeds == base.vision_tower.patch_merger.image_newline.to(embeds)).all(dim=-1)
 
 
-ADAPTER = Adapter(model_type="hy_v4_vl", family="Hunyuan 4 VL", modalities=(IMAGE, VIDEO), structural=line_breaks)
+ADAPTER = Adapter(
+    model_type="hy_v4_vl",
+    family="Hunyuan 4 VL",
+    modalities=(IMAGE, VIDEO),
+    structural=line_breaks,
+    layout=rows_of_patches,
+)

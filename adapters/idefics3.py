@@ -5,6 +5,7 @@ from operator import attrgetter
 
 from torch import Tensor
 
+from lp_patch.layout import tiles
 from lp_patch.registry import Adapter
 
 
@@ -34,4 +35,5 @@ ADAPTER = Adapter(
     language_model="text_model",
     layers="text_model.layers",
     rotary="text_model.rotary_emb",
+    layout=tiles,
 )

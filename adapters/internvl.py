@@ -6,6 +6,7 @@ between them: to the model, and here, each is an image.
 
 from operator import attrgetter
 
+from lp_patch.layout import tiles
 from lp_patch.registry import Adapter
 
 ADAPTER = Adapter(
@@ -14,4 +15,5 @@ ADAPTER = Adapter(
     merge_adjacent=True,
     tower=attrgetter("vision_tower"),
     fewest=attrgetter("image_seq_length"),  # of a tile
+    layout=tiles,
 )

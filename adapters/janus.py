@@ -3,6 +3,7 @@
 from operator import attrgetter
 from typing import Any
 
+from lp_patch.layout import tiles
 from lp_patch.registry import Adapter
 
 
@@ -10,4 +11,4 @@ def _fewest(config: Any) -> int:
     return (config.vision_config.image_size // config.vision_config.patch_size) ** 2
 
 
-ADAPTER = Adapter(model_type="janus", family="Janus", tower=attrgetter("vision_model"), fewest=_fewest)
+ADAPTER = Adapter(model_type="janus", family="Janus", tower=attrgetter("vision_model"), fewest=_fewest, layout=tiles)

@@ -1,7 +1,9 @@
 """LFM2-VL: tiles of an image and its thumbnail, a tag before each, share one budget; most layers are convolutions."""
 
+import torch
 from torch import Tensor
 
+from lp_patch.layout import Pixels, join
 from lp_patch.registry import Adapter
 
 
@@ -14,4 +16,10 @@ def split_images(ids: Tensor, positions: Tensor) -> list[int]:
     return [len(run) for run in runs]
 
 
-ADAPTER = Adapter(model_type="lfm2_vl", family="LFM2-VL", split=split_images)
+def _layout(pixels: Pixels) -> Tensor:
+    sizes = [(int(h), int(w)) for h, w in pixels.inputs["spatial_shapes"].tolist()]
+    patches = [x[: h * w] for x, (h, w) in zip(pixels.main, sizes, strict=True)]
+    return join(torch.cat(patches), sizes, pixels.count)
+
+
+ADAPTER = Adapter(model_type="lfm2_vl", family="LFM2-VL", split=split_images, layout=_layout)

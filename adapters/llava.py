@@ -5,9 +5,10 @@ A Pixtral tower takes images of any size, and gives the projector all of a call'
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lp_patch.errors import ConfigError
+from lp_patch.layout import Pixels, pages, tiles
 from lp_patch.registry import Adapter
 
 
@@ -64,6 +65,10 @@ def _vision_attention(base: nn.Module) -> list[nn.Module]:
     return [x.self_attn for x in layers[: layer if layer > 0 else len(layers) + 1 + layer]]
 
 
+def _layout(pixels: Pixels) -> Tensor:
+    return pages(pixels) if "image_sizes" in pixels.inputs else tiles(pixels)
+
+
 ADAPTER = Adapter(
     model_type="llava",
     family="LLaVA",
@@ -73,4 +78,5 @@ ADAPTER = Adapter(
     tower=tower,
     fewest=_fewest,
     vision_attention=_vision_attention,
+    layout=_layout,
 )

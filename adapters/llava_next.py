@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lp_patch.adapters.llava import patches, tower
+from lp_patch.layout import Pixels, packed
 from lp_patch.registry import Adapter
 
 
@@ -24,4 +25,10 @@ def newlines(base: Any, embeds: Tensor) -> Tensor:
 
 
 # the small copy alone has so many
-ADAPTER = Adapter(model_type="llava_next", family="LLaVA-NeXT", structural=newlines, tower=tower, fewest=patches)
+def _layout(pixels: Pixels) -> Tensor:
+    return packed(pixels, vision_feature_select_strategy="default")
+
+
+ADAPTER = Adapter(
+    model_type="llava_next", family="LLaVA-NeXT", structural=newlines, tower=tower, fewest=patches, layout=_layout
+)

@@ -3,8 +3,10 @@
 An image and its slices share one budget. The frames of a video follow one another like images: here each is one.
 """
 
+import torch
 from torch import Tensor
 
+from lp_patch.layout import Pixels, join
 from lp_patch.registry import IMAGE, VIDEO, Adapter
 
 
@@ -23,8 +25,15 @@ def split_images(ids: Tensor, positions: Tensor) -> list[int]:
     return sizes
 
 
+def _layout(pixels: Pixels) -> Tensor:
+    """The pixels are (1 or frames, C, P, patches * P), all patches side by side."""
+    sizes = torch.as_tensor(pixels.inputs["target_sizes_videos" if pixels.video else "target_sizes"])
+    patches = pixels.main.unflatten(3, (-1, pixels.patch)).permute(0, 3, 1, 2, 4).flatten(0, 1).flatten(1)
+    return join(patches, [(int(h), int(w)) for h, w in sizes.tolist()], pixels.count)
+
+
 ADAPTERS = tuple(
-    Adapter(model_type=model_type, family=family, modalities=(IMAGE, VIDEO), split=split_images)
+    Adapter(model_type=model_type, family=family, modalities=(IMAGE, VIDEO), split=split_images, layout=_layout)
     for model_type, family in (
         ("minicpmv4_6", "MiniCPM-V 4.6"),
         ("minicpmv4_7", "MiniCPM-V 4.7"),

@@ -5,7 +5,10 @@ Images and videos have one placeholder, so a call may show one or the other.
 
 from typing import Any
 
+from torch import Tensor
+
 from lp_patch.errors import UnsupportedModelError
+from lp_patch.layout import Pixels, join
 from lp_patch.registry import IMAGE, Adapter, Modality
 
 
@@ -18,6 +21,10 @@ def _width(config: Any) -> int:
     return config.text_config.hidden_size
 
 
+def _layout(pixels: Pixels) -> Tensor:
+    return join(pixels.main.flatten(1), [(int(h), int(w)) for h, w in pixels.about("grid_hw").tolist()], pixels.count)
+
+
 ADAPTER = Adapter(
     model_type="nemotron_h_omni",
     family="Nemotron 3 Omni",
@@ -27,4 +34,5 @@ ADAPTER = Adapter(
     attention="mixer",
     rotary=None,
     width=_width,
+    layout=_layout,
 )

@@ -4,6 +4,7 @@ from operator import attrgetter
 
 from torch import Tensor
 
+from lp_patch.layout import tiles
 from lp_patch.registry import Adapter
 
 
@@ -26,4 +27,5 @@ ADAPTER = Adapter(
     family="Ovis2",
     split=split_images,
     tower=attrgetter("vision_tower.transformer"),  # the whole tower joins patches
+    layout=tiles,
 )

@@ -3,6 +3,7 @@
 from typing import Any
 
 from lp_patch.adapters.llava import patches, tower
+from lp_patch.layout import tiles
 from lp_patch.registry import Adapter
 
 
@@ -17,4 +18,5 @@ ADAPTER = Adapter(
     width=_width,
     tower=tower,
     fewest=patches,
+    layout=tiles,
 )

@@ -4,6 +4,7 @@ Nothing stands between two images either, unless text does: such two share the b
 the images' method.
 """
 
+from lp_patch.layout import tiles
 from lp_patch.registry import IMAGE, Adapter, Modality
 
 ADAPTER = Adapter(
@@ -11,4 +12,5 @@ ADAPTER = Adapter(
     family="Perception LM",
     modalities=(IMAGE, Modality("video", "get_image_features", "video_token_id")),
     merge_adjacent=True,
+    layout=tiles,
 )

@@ -2,6 +2,7 @@
 
 from operator import attrgetter
 
+from lp_patch.layout import tiles
 from lp_patch.registry import Adapter
 
 ADAPTER = Adapter(
@@ -10,4 +11,5 @@ ADAPTER = Adapter(
     merge_adjacent=True,
     tower=attrgetter("vision_tower"),
     fewest=attrgetter("image_seq_length"),  # of a tile
+    layout=tiles,
 )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lp_patch.layout import merged
 from lp_patch.registry import IMAGE, VIDEO, Adapter
 
 
@@ -15,4 +16,5 @@ ADAPTER = Adapter(
     family="Qwen3-VL",
     modalities=(IMAGE, VIDEO),
     first_cut=deepstack_layers,
+    layout=merged,
 )

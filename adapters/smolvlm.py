@@ -2,6 +2,7 @@
 
 from operator import attrgetter
 
+from lp_patch.layout import tiles
 from lp_patch.registry import Adapter
 
 from .idefics3 import split_images
@@ -14,4 +15,5 @@ ADAPTER = Adapter(
     language_model="text_model",
     layers="text_model.layers",
     rotary="text_model.rotary_emb",
+    layout=tiles,
 )

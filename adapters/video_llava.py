@@ -5,6 +5,7 @@ from one: they share the budget of a single one.
 """
 
 from lp_patch.adapters.llava import patches
+from lp_patch.layout import tiles
 from lp_patch.registry import IMAGE, VIDEO, Adapter
 
 ADAPTER = Adapter(
@@ -13,4 +14,5 @@ ADAPTER = Adapter(
     modalities=(IMAGE, VIDEO),
     merge_adjacent=("video",),
     fewest=patches,
+    layout=tiles,
 )

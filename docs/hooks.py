@@ -1,4 +1,4 @@
-"""mkdocs: the site's files lie at their paths in the repository, so that one link serves a Git page and the site."""
+"""mkdocs: the site has the files of the repository, at their own paths: a link serves a Git page and the site."""
 
 from pathlib import Path
 

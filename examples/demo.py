@@ -7,27 +7,19 @@
 import argparse
 import json
 import statistics
-import textwrap
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import lp_patch
+from lp_patch import show
 from lp_patch.compat import CACHE
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.collections import LineCollection
-
 HERE = Path(__file__).resolve().parent
-# Okabe and Ito's colour-blind-safe palette
-INK, MUTED, STAGE_1, STAGE_2 = "#1a1a1a", "#6b6b6b", "#0072b2", "#d55e00"
 
 
 @dataclass
@@ -67,8 +59,8 @@ def prompt(processor, image: Image.Image, question: str) -> dict:
 
 @torch.inference_mode()
 def compare(
-    model: torch.nn.Module, processor, inputs: dict, tokens: int, runs: int
-) -> tuple[Answer, Answer, lp_patch.Trace]:
+    model: torch.nn.Module, processor, image: Image.Image, inputs: dict, tokens: int, runs: int
+) -> tuple[Answer, Answer, lp_patch.Trace, list[show.Panel]]:
     """Ask without and with the patch in turn, `runs` times each, after a warm-up that does not count."""
     full, pruned = Answer(), Answer()
     for run in range(runs + 1):
@@ -76,11 +68,13 @@ def compare(
         with lp_patch.applied(model, tokens=tokens) as patch:
             ask(model, processor, inputs, pruned)
             trace = patch.trace
+            if run == runs:
+                (panels,) = patch.panels(image, processor=processor)
         if run == 0:
             for answer in (full, pruned):
                 answer.prefill.clear()
                 answer.total.clear()
-    return full, pruned, trace
+    return full, pruned, trace, panels
 
 
 def table(question: dict, full: Answer, pruned: Answer, trace: lp_patch.Trace) -> str:
@@ -104,70 +98,15 @@ def table(question: dict, full: Answer, pruned: Answer, trace: lp_patch.Trace) -
     return "\n".join(lines)
 
 
-def seen_picture(processor, pixels: torch.Tensor) -> np.ndarray:
-    """The picture as the model sees it, cropped and scaled: (3, H, W) normalised -> (H, W, 3) in [0, 1]."""
-    images = processor.image_processor
-    mean, std = np.array(images.image_mean), np.array(images.image_std)
-    return (pixels.float().cpu().numpy().transpose(1, 2, 0) * std + mean).clip(0, 1)
-
-
-def draw_kept(axes: plt.Axes, picture: np.ndarray, kept: list[int], grid: int, colour: str) -> None:
-    """The picture with its removed patches faded, and a line around what is kept."""
-    mask = np.zeros(grid * grid, dtype=bool)
-    mask[kept] = True
-    mask = mask.reshape(grid, grid)
-    size = picture.shape[0] // grid
-    cells = np.kron(mask, np.ones((size, size), dtype=bool))[..., None]
-    grey = picture.mean(axis=-1, keepdims=True)
-    axes.imshow(np.where(cells, picture, 0.8 + 0.2 * grey), interpolation="lanczos")
-    padded = np.pad(mask, 1)
-    sides = []
-    for row, column in zip(*np.nonzero(padded[:, 1:] != padded[:, :-1]), strict=True):
-        sides.append([(column, row - 1), (column, row)])
-    for row, column in zip(*np.nonzero(padded[1:] != padded[:-1]), strict=True):
-        sides.append([(column - 1, row), (column, row)])
-    lines = [[(x * size - 0.5, y * size - 0.5) for x, y in side] for side in sides]
-    axes.add_collection(LineCollection(lines, colors=colour, linewidths=0.8, capstyle="projecting"))
-
-
-def draw(picture: np.ndarray, grid: int, results: list[tuple], path: Path) -> None:
-    """Picture, stage 1, and stage 2 per question, side by side; `results` holds (question, full, pruned, trace)."""
-    first = results[0][3]
-    # title, colour, token count, patches to show (None: all), caption lines, caption lines of less weight
-    panels = [
-        ("Picture", INK, f"{first.visual_tokens[0]} tokens", None, [], []),
-        ("Stage 1", STAGE_1, f"{len(first.stage1[0])} tokens", first.stage1[0], [], ["before any question is read"]),
-    ]
-    for question, full, pruned, trace in results:
-        kept, asked = trace.stage2[0], textwrap.wrap(question["question"], 32)
-        panels.append(
-            ("Stage 2", STAGE_2, f"{len(kept)} tokens", kept, asked, [f"{pruned.text} (unpruned: {full.text})"])
-        )
-
-    rows = -(-len(panels) // 5)
-    columns = -(-len(panels) // rows)
-    side, gap, head, line = 1.9, 0.16, 0.34, 0.15  # inches
-    foot = 0.08 + line * max(len(upper) + len(lower) for *_, upper, lower in panels)
-    width, height = columns * (side + gap) + gap, rows * (side + head + foot) + gap
-    plt.rcParams.update({"font.size": 7.5, "text.color": INK})
-    figure = plt.figure(figsize=(width, height), facecolor="white")
-    for number, (title, colour, count, kept, upper, lower) in enumerate(panels):
-        row, column = divmod(number, columns)
-        left, top = gap + column * (side + gap), height - row * (side + head + foot) - head
-        axes = figure.add_axes((left / width, (top - side) / height, side / width, side / height))
-        axes.set_axis_off()
-        if kept is None:
-            axes.imshow(picture, interpolation="lanczos")
-        else:
-            draw_kept(axes, picture, kept.tolist(), grid, colour)
-        axes.text(0, 1.03, title, transform=axes.transAxes, weight="bold", color=colour)
-        axes.text(1, 1.03, count, transform=axes.transAxes, color=MUTED, ha="right")
-        for i, text in enumerate([*upper, *lower]):
-            ink = INK if i < len(upper) else MUTED
-            axes.text(0, -(0.06 + i * line) / side, text, transform=axes.transAxes, color=ink, va="top")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=300)
-    plt.close(figure)
+def draw(results: list[tuple[dict, Answer, Answer, list[show.Panel]]], path: Path) -> None:
+    """The picture and stage 1; below, two questions a row, what stage 2 thought of each token and what it kept."""
+    cells = []
+    for question, full, pruned, panels in results:
+        scores, kept = panels[-2:]
+        cells.append(replace(scores, captions=(question["question"],)))
+        cells.append(replace(kept, captions=(f"{pruned.text} (unpruned: {full.text})",)))
+    rows = [cells[i : i + 4] for i in range(0, len(cells), 4)]
+    show.draw([results[0][3][:-2], *rows], path=path)
 
 
 def main() -> None:
@@ -194,17 +133,18 @@ def main() -> None:
     results = []
     for question in questions:
         inputs = prompt(processor, image, question["question"]).to(model.device, model.dtype)
-        full, pruned, trace = compare(model, processor, inputs, options.tokens, options.runs)
-        results.append((question, full, pruned, trace))
+        full, pruned, trace, panels = compare(model, processor, image, inputs, options.tokens, options.runs)
+        results.append((question, full, pruned, panels))
         print(table(question, full, pruned, trace), end="\n\n")
-    vision = model.config.vision_config
-    draw(
-        seen_picture(processor, inputs["pixel_values"][0]),
-        vision.image_size // vision.patch_size,
-        results,
-        options.output,
+    draw(results, options.output)
+    print(
+        f"wrote {options.output}: what each stage kept, and the scores that stage 2 went by\n\n"
+        "Next, on a model of yours:\n"
+        "  lp-patch check MODEL                                does it fit, where would it cut\n"
+        "  lp-patch show MODEL PICTURE QUESTION out.png        the like of this picture\n"
+        "  lp-patch bench MODEL                                what it gains on this machine\n"
+        "(from this folder: .venv/bin/lp-patch)"
     )
-    print(f"wrote {options.output}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@
 A cell is one method at one budget, asked every question of a split: greedy, fp32, exact match. Cells that the CSV holds
 for the same weights are skipped, each new one is written at once; one run at a time per CSV. A trained pruner's label
 carries its seed: "seed0" is seed 0 of "learned", "x-seed0" of the variant "x". ``retention.py`` explains the answers.
+Weights of another kind than "learned" answer in the group "neighbours", under the strategy that reads them.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import lp_patch
 from lp_patch import strategies
+from lp_patch.pruner import Pruner
 
 TOKENS = 576  # of the testbed's pictures
 LORA = "adapter_model.safetensors"
@@ -92,9 +94,14 @@ def training(learned: list[Cell], layers: int = LAYERS) -> list[Cell]:
     return [replace(x, tokens=t, **mode) for x in trained(learned) for t in (64, 32, 16) for mode in modes]
 
 
+def neighbours(others: list[Cell], layers: int = LAYERS) -> list[Cell]:
+    """Weights of other kinds, each under its own strategy."""
+    return [replace(x, tokens=t, **mode) for x in others for t in (64, 32, 16) for mode in (ALONE, text_mode(layers))]
+
+
 def trained(learned: list[Cell]) -> list[Cell]:
     """The pruners under every strategy that reads one."""
-    names = [x.name for x in strategies.SCORERS.values() if x.needs_pruner]
+    names = [x.name for x in strategies.SCORERS.values() if x.needs_pruner and x.kind == lp_patch.LearnablePruner.kind]
     return [base(name, x.pruner) for name in names for x in learned]
 
 
@@ -122,6 +129,7 @@ GROUPS: dict[str, Group] = {
     ),
     "text": sweep(lambda layers: TEXT_SCORERS, "diversity"),
     "training": training,
+    "neighbours": neighbours,
 }
 
 
@@ -138,7 +146,8 @@ def options(cell: Cell) -> dict:
 class RememberedTower:
     """In place of the vision tower: each picture is encoded once, then its number stands for its pixels.
 
-    lp_patch looks into an attention through its config. One that it looks into runs again, on its remembered input.
+    lp_patch looks into an attention through its config, and what it is given with a hook. One that it looks into runs
+    again, on its remembered input.
     """
 
     def __init__(self, model: LlavaForConditionalGeneration, batches: list[Tensor]) -> None:
@@ -153,7 +162,7 @@ class RememberedTower:
     def recall(self, pixel_values: Tensor, **asked: object) -> BaseModelOutputWithPooling:
         """The feature layer of the pictures with these numbers (B,)."""
         for layer, config, state in zip(self.layers, self.configs, self.states, strict=False):
-            if layer.self_attn.config is not config:
+            if layer.self_attn.config is not config or layer.self_attn._forward_pre_hooks:
                 layer.self_attn(layer.layer_norm1(state[pixel_values]), attention_mask=None)
         states: list[Tensor | None] = [None] * (len(self.layers) + 1)
         states[self.feature] = self.states[self.feature][pixel_values]
@@ -196,7 +205,7 @@ class Testbed:
         self.model = model.eval().to(device)
         self.layers = self.model.config.text_config.num_hidden_layers
         self.processor = AutoProcessor.from_pretrained(folder)
-        self.pruners = {label: lp_patch.LearnablePruner.from_pretrained(path) for label, path in pruners.items()}
+        self.pruners = {label: Pruner.from_pretrained(path) for label, path in pruners.items()}
         self.foreground = questions("foreground")
         self.names = [name for split in splits for name in pictures(split, limit)]
         self.batches = {split: list(self._batches(pictures(split, limit))) for split in splits}
@@ -271,8 +280,9 @@ class Testbed:
                     types[kind].append(right[question["id"]])
                 if trace is not None:
                     average.append(sum(trace.tokens_per_layer[row]) / self.layers)
-                    foreground.append(recall(trace.stage1[row], self.foreground[question["picture"]]))
-                    relevant.append(recall(trace.stage2[row], question["relevant"]))
+                    if trace.mixtures[row] is None:  # of mixtures none is kept
+                        foreground.append(recall(trace.stage1[row], self.foreground[question["picture"]]))
+                        relevant.append(recall(trace.stage2[row], question["relevant"]))
         correct = [right[x["id"]] for x in questions() if x["id"] in right]
         low, high = wilson(sum(correct), len(correct))
         return {
@@ -309,10 +319,13 @@ def pictures(split: str, limit: int | None) -> list[str]:
 
 def wanted(args: argparse.Namespace) -> list[Cell]:
     """The cells asked for, the full model's first: all others are relative to it."""
-    learned = [base("learned", label) for label in args.pruners]
+    cells = [base(Pruner.from_pretrained(folder).kind, label) for label, folder in args.pruners.items()]
+    learned = [x for x in cells if x.scorer == lp_patch.LearnablePruner.kind]
+    others = [x for x in cells if x not in learned]
     found = [Cell("full")]
     for name in args.groups:
-        cells = [cell for cell in GROUPS[name](learned, args.layers) if cell.tokens in (*args.budgets, TOKENS)]
+        given = others if name == "neighbours" else learned
+        cells = [cell for cell in GROUPS[name](given, args.layers) if cell.tokens in (*args.budgets, TOKENS)]
         if not cells:
             raise SystemExit(f"group {name!r} has no cell here: add --pruners LABEL=FOLDER ..., or other --budgets")
         found += cells

@@ -38,15 +38,29 @@ ORACLE = "oracle"
 NO_STAGE_1 = "none"  # the library's name for it
 ALONE = {"stage_ratio": 1.0, "layer": None, "text_scorer": None}
 LAYERS = 6  # of the testbed model
-ORDER = ("random", "uniform", "cls", "diversity", "vispruner", "visionzip", "hiprune", "covering", "learned")
+ORDER = (
+    "random",
+    "uniform",
+    "cls",
+    "diversity",
+    "vispruner",
+    "visionzip",
+    "hiprune",
+    "oc-vtp",
+    "metacompress",
+    "covering",
+    "learned",
+)
 DIVERSITIES = (0.0, 0.1, 0.2, 0.5, 1.0)
 TENTH = 0.1  # the library's default share of diversity
 DRAWS = 10_000
+SPENT = "*true average*"
 LEGEND = textwrap.fill(
     "Cells: accuracy in % / share of the accuracy with all tokens in % (its 95 % interval: bootstrap over the "
     "questions, which all methods share, 10,000 draws; the weights stay as they are) [lowest to highest accuracy of "
     "the seeds of training; the numbers before are of the mean over these seeds]. A cell without an interval is from "
-    "before single answers were kept; a dash was not measured.",
+    "before single answers were kept; a dash was not measured. A table's first line is the true average of tokens, "
+    "which the paper's rounding lets exceed the budget: two columns compare fairly only if theirs is the same.",
     120,
 )
 
@@ -305,6 +319,12 @@ class Results:
         seeds = [float(row["accuracy"]) for row in self.rows[split, cell]]
         return text if len(seeds) == 1 else f"{text} [{100 * min(seeds):.1f}–{100 * max(seeds):.1f}]"
 
+    def spent(self, split: str, cells: Iterable[Cell]) -> str:
+        """The true average of tokens of these cells, from least to most where they differ."""
+        means = [self.mean(split, x, "average") for x in cells]
+        found = sorted({f"{x:.1f}" for x in means if x is not None}, key=float)
+        return "–".join(dict.fromkeys([*found[:1], *found[-1:]])) or "-"
+
     def by_type(self, split: str, cell: Cell, kind: str) -> str:
         """Accuracy on one type of question ("accuracy": all) with its Wilson interval, in %."""
         share, n = self.mean(split, cell, kind), asked(split)[kind]
@@ -333,8 +353,11 @@ def testbed_tables(results: Results) -> str:
     seen = SPLITS[0]
     for mode, title in results.modes:
         cells = [replace(x, tokens=t, **mode) for t in (64, 32) for x in results.methods]
-        found = [(f"{x.method}, {x.tokens}", [results.by_type(seen, x, kind) for kind in TYPES]) for x in cells]
-        lines += headed("By question type, seen styles, " + title, grid("method, tokens", TYPES, found))
+        found = [
+            (f"{x.method}, {results.spent(seen, [x])}", [results.by_type(seen, x, kind) for kind in TYPES])
+            for x in cells
+        ]
+        lines += headed("By question type, seen styles, " + title, grid("method, true average", TYPES, found))
     lines += headed("Differences between two methods on the same questions, seen styles", _differences(results, seen))
     return "\n".join([*lines, *_sweeps(results, seen)]).rstrip()
 
@@ -352,17 +375,24 @@ def _sweeps(results: Results, seen: str) -> list[str]:
     for title, settings in sweeps.items():
         found = []
         for t in (64, 32):
+            rows = []
             for x in results.methods:
                 if x == spread_cls():
                     continue  # a column of cls
                 cells = [replace(x, **{**results.both, **y, "tokens": t}) for _, y in settings]
-                found.append((f"{x.method}, {t}", [results.text(seen, cell) for cell in cells]))
-        # a method that was not swept has a cell or two all the same
-        found = [(name, cells) for name, cells in found if "-" not in cells and len(cells) > 1]
+                texts = [results.text(seen, cell) for cell in cells]
+                # a method that was not swept has a cell or two all the same
+                if "-" not in texts and len(texts) > 1:
+                    rows.append((cells, (f"{x.method}, {t}", texts)))
+            if rows:
+                columns = zip(*(cells for cells, _ in rows), strict=True)
+                found.append((f"{SPENT}, {t}", [results.spent(seen, column) for column in columns]))
+            found += [line for _, line in rows]
         lines += headed(f"{title}, seen styles", grid("method, tokens", [name for name, _ in settings], found))
     variants = [base("learned", "learned"), *results.variants] if results.variants else []
     for mode, title in results.modes:
-        found = [(x.method, [results.text(seen, replace(x, tokens=t, **mode)) for t in (64, 32, 16)]) for x in variants]
+        rows = [(x.method, [replace(x, tokens=t, **mode) for t in (64, 32, 16)]) for x in variants]
+        found = _with_spent(results, seen, rows, results.text)
         lines += headed(f"Ways of training, seen styles, {title}", grid("pruner", (64, 32, 16), found))
     return lines
 
@@ -383,9 +413,20 @@ def _split_tables(results: Results, split: str) -> list[str]:
             cells = [(x.method, [replace(x, tokens=t, **mode) for t in BUDGETS]) for x in results.methods]
             cells += [(x.method, [replace(x, tokens=t) for t in BUDGETS]) for x in last]
             show = getattr(results, column)
-            tables += grid(stages, BUDGETS, [(x, [show(split, cell) for cell in row]) for x, row in cells])
+            tables += grid(stages, BUDGETS, _with_spent(results, split, cells, show))
         lines += headed(f"{title} by method and average number of tokens, {name}", tables)
     return lines
+
+
+def _with_spent(
+    results: Results, split: str, rows: list[tuple[str, list[Cell]]], show: Callable[[str, Cell], str]
+) -> list[tuple[str, list[str]]]:
+    """Lines of a table whose cells these are, below one with what each column truly spends."""
+    columns = list(zip(*(cells for _, cells in rows), strict=True))
+    lines = [(name, [show(split, cell) for cell in cells]) for name, cells in rows]
+    if all(set(cells) == {"-"} for _, cells in lines):
+        return []
+    return [(SPENT, [results.spent(split, cells) for cells in columns]), *lines]
 
 
 def _differences(results: Results, split: str) -> list[str]:
@@ -413,9 +454,17 @@ def _differences(results: Results, split: str) -> list[str]:
         for tokens in BUDGETS:
             a, b = (results.answers(split, replace(z, tokens=tokens, **of)) for z, of in ((x, of_x), (y, of_y)))
             values = None if a is None or b is None else [100 * value for value in difference(a, b)]
-            cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*values) if values else "-")
+            more = _spends_more(results, split, *(replace(z, tokens=tokens, **of) for z, of in ((x, of_x), (y, of_y))))
+            cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*values) + more if values else "-")
         lines.append((name, cells))
     return grid("points", BUDGETS, lines)
+
+
+def _spends_more(results: Results, split: str, one: Cell, other: Cell) -> str:
+    """How many more tokens one cell truly spends than the other, if that is a tenth or more."""
+    a, b = (results.mean(split, x, "average") for x in (one, other))
+    more = 0.0 if a is None or b is None else a - b
+    return f", with {more:+.1f} tokens" if abs(more) >= 0.1 else ""
 
 
 def headed(title: str, table: list[str]) -> list[str]:
@@ -432,8 +481,9 @@ def readme_table(results: Results) -> str:
             LEGEND,
             "",
             *short_table(results),
-            "More budgets, question types, a style never seen, sweeps: `examples/testbed/README.md`; every cell, with",
-            "the command that made it: `examples/results/evaluation_testbed.csv`.",
+            "Budgets, question types, a style never seen, sweeps: the testbed's README; "
+            "every cell, with the command that",
+            "made it: `examples/results/evaluation_testbed.csv`.",
         ]
     )
 
@@ -451,11 +501,9 @@ def full_line(results: Results) -> str:
 def short_table(results: Results) -> list[str]:
     """Accuracy of every method at two small budgets, alone and with text."""
     columns = [(t, mode, title) for t in (32, 16) for mode, title in results.modes]
-    found = [
-        (x.method, [results.text(SPLITS[0], replace(x, tokens=t, **mode)) for t, mode, _ in columns])
-        for x in results.methods
-    ]
-    return grid("tokens", [f"{t}, {title}" for t, _, title in columns], found)
+    rows = [(x.method, [replace(x, tokens=t, **mode) for t, mode, _ in columns]) for x in results.methods]
+    found = _with_spent(results, SPLITS[0], rows, results.text)
+    return grid("budget", [f"{t}, {title}" for t, _, title in columns], found)
 
 
 def short(results: Results) -> str:
@@ -472,26 +520,32 @@ def large_tables(results: Results) -> str:
 
 # ---------------------------------------------------------------------- plot
 
+# Okabe and Ito's colours, which colour-blind people tell apart; shapes tell the two of a colour apart
 # visionzip is cls without a share of diversity, which the plain cls has not either: one line for both
 LINES = {
-    "random": ("random", "0.55"),
-    "uniform": ("uniform", "0.75"),
-    "cls": ("cls, visionzip", "tab:orange"),
-    "cls, 10% diverse": ("cls, 10% diverse", "tab:olive"),
-    "diversity": ("diversity", "tab:blue"),
-    "vispruner": ("vispruner", "tab:green"),
-    "hiprune": ("hiprune", "tab:purple"),
-    "covering": ("covering", "tab:brown"),
-    "learned": ("learned", "tab:red"),
+    "covering": ("covering", "#D55E00", "D"),
+    "learned": ("learned", "#0072B2", "o"),
+    "oc-vtp": ("oc-vtp", "#0072B2", "<"),
+    "metacompress": ("metacompress", "#D55E00", ">"),
+    "cls, 10% diverse": ("cls, 10% diverse", "#009E73", "s"),
+    "diversity": ("diversity", "#E69F00", "^"),
+    "vispruner": ("vispruner", "#CC79A7", "v"),
+    "cls": ("cls, visionzip", "#009E73", "x"),
+    "hiprune": ("hiprune", "#56B4E9", "P"),
+    "uniform": ("uniform", "0.45", "+"),
+    "random": ("random", "0.7", "."),
 }
+STRONG = ("covering", "learned")  # the methods with training
 
 
 def plot(results: Results, path: Path) -> None:
-    """Relative accuracy against the average number of tokens, seen styles, with 95 % intervals."""
-    figure, panels = plt.subplots(1, 2, figsize=(12, 5), sharey=True, layout="constrained")
+    """Relative accuracy against the true average of tokens, seen styles, with 95 % intervals."""
+    figure, panels = plt.subplots(1, 2, figsize=(12, 5.5), sharey=True, layout="constrained")
+    by_name = {x.method: x for x in results.methods}
+    lowest = 100.0
     for panel, (mode, title) in zip(panels, results.modes, strict=True):
-        for number, start in enumerate(x for x in results.methods if x.method in LINES):
-            cells = [replace(start, tokens=t, **mode) for t in BUDGETS]
+        for number, name in enumerate(x for x in LINES if x in by_name):
+            cells = [replace(by_name[name], tokens=t, **mode) for t in BUDGETS]
             found = [(x, results.mean(SPLITS[0], x)) for x in cells]
             # a row from before answers were kept is a point without a bar
             whole = results.mean(SPLITS[0], Cell("full"))
@@ -503,22 +557,23 @@ def plot(results: Results, path: Path) -> None:
             if not found:
                 continue
             # a little to the side, so that the bars of different methods do not hide each other
-            x = np.array([tokens for tokens, _ in found]) * 1.012 ** (number - 3.5)
+            x = np.array([tokens for tokens, _ in found]) * 1.012 ** (number - 4)
             y, low, high = 100 * np.array([y for _, y in found]).T
-            # the whole method, with and without training
-            strong = mode is results.both and start.method in ("learned", "diversity")
-            label, color = LINES[start.method]
-            style = {"linewidth": 3 if strong else 1.2, "elinewidth": 1, "markersize": 6 if strong else 3.5}
+            lowest = min(lowest, low.min())
+            label, color, marker = LINES[name]
+            strong = name in STRONG
+            style = {"linewidth": 3 if strong else 1.3, "elinewidth": 1, "markersize": 7 if strong else 5}
             bars = np.maximum((y - low, high - y), 0)
-            panel.errorbar(x, y, bars, marker="o", color=color, label=label, **style)
+            panel.errorbar(x, y, bars, marker=marker, color=color, label=label, zorder=3 if strong else 2, **style)
         panel.axhline(100, color="0.3", linewidth=0.8, linestyle=":")
-        panel.set(title=title, xscale="log", xlabel="average number of visual tokens, of 576")
+        panel.set(title=title, xscale="log", xlabel="visual tokens, of 576: the true average over the layers")
         panel.set_xticks(BUDGETS, BUDGETS)
         panel.minorticks_off()
         panel.grid(alpha=0.25)
-        if panel.containers:
-            panel.legend(loc="lower right")
-    panels[0].set_ylabel("% of the accuracy with all tokens")
+    panels[0].set(ylabel="% of the accuracy with all tokens", ylim=(lowest - 2, 104))
+    handles, labels = max((panel.get_legend_handles_labels() for panel in panels), key=lambda x: len(x[1]))
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

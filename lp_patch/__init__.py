@@ -11,9 +11,11 @@ if not (_here / "adapters").is_dir():
     __path__.append(str(_here.parent))
 
 from ._version import __version__
+from .calibrate import Calibration, calibrate
 from .check import Checks, check
 from .config import PruningConfig
 from .errors import ConfigError, LpPatchError, PrunerError, UnsupportedInputError, UnsupportedModelError
+from .evaluate import Evaluation, evaluate
 from .patch import Patch, applied, apply, is_applied, remove
 from .pruner import LearnablePruner
 from .registry import Adapter, register, supported
@@ -22,8 +24,10 @@ from .trace import Trace
 
 __all__ = [
     "Adapter",
+    "Calibration",
     "Checks",
     "ConfigError",
+    "Evaluation",
     "LearnablePruner",
     "LpPatchError",
     "Patch",
@@ -36,7 +40,9 @@ __all__ = [
     "__version__",
     "applied",
     "apply",
+    "calibrate",
     "check",
+    "evaluate",
     "is_applied",
     "register",
     "remove",

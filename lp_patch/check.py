@@ -300,7 +300,7 @@ class Trial:
     @contextmanager
     def _patched(self, **options: Any) -> Iterator[Patch]:
         patch = Patch(self.parts, resolve(self.parts, make_config(None, options), None))
-        patch._install()
+        patch.put_back()
         try:
             yield patch
         finally:

@@ -1,12 +1,13 @@
 """PruningConfig: every option of the method, frozen and validated."""
 
 import difflib
+import inspect
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 from .errors import ConfigError
 
@@ -33,6 +34,8 @@ class PruningConfig:
         positions: position ids of the survivors: "original" (theirs in the full sequence; ours) or "compact"
             (numbered consecutively after stage 1; stage 2 never renumbers).
         seed: for strategies that draw.
+        rounding: "up", the paper's ceiling, whose true average may exceed the budget by a token or two; or "down",
+            which keeps to the budget (ours): R2 rounded down, R1 taking what that leaves.
     """
 
     tokens: int | None = None
@@ -45,6 +48,7 @@ class PruningConfig:
     final_wipe_layer: int | None = None
     positions: str = "original"
     seed: int = 0
+    rounding: str = "up"
 
     def __post_init__(self) -> None:
         if self.tokens is not None and self.ratio is not None:
@@ -73,6 +77,8 @@ class PruningConfig:
         if self.positions not in ("original", "compact"):
             raise ConfigError(f'positions must be "original" or "compact", got {self.positions!r}')
         _integer("seed", self.seed, low=0)
+        if self.rounding not in ("up", "down"):
+            raise ConfigError(f'rounding must be "up" or "down", got {self.rounding!r}')
 
     def save(self, folder: str | Path) -> None:
         """Write ``pruning.json`` into `folder`, which is made if missing."""
@@ -102,6 +108,39 @@ class PruningConfig:
     def average(self, present: int) -> float:
         """The budget of an input that has `present` visual tokens: tokens averaged over all decoder layers."""
         return float(self.tokens) if self.tokens is not None else self.ratio * present  # type: ignore[operator]
+
+
+class Options(TypedDict, total=False):
+    """The options of `apply`, for editors and type checkers: the fields of `PruningConfig`."""
+
+    tokens: int | None
+    ratio: float | None
+    layer: int | None
+    stage_ratio: float
+    diversity: float
+    scorer: str
+    text_scorer: str
+    final_wipe_layer: int | None
+    positions: str
+    seed: int
+
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def shows_options(function: Function) -> Function:
+    """Put the options, with their defaults, in the signature of a function that takes them as `**options`.
+
+    Calls are as they were: a misspelt option still arrives there.
+    """
+    signature = inspect.signature(function)
+    kept = [x for x in signature.parameters.values() if x.kind is not inspect.Parameter.VAR_KEYWORD]
+    shown = [
+        inspect.Parameter(x.name, inspect.Parameter.KEYWORD_ONLY, default=x.default, annotation=x.type)
+        for x in fields(PruningConfig)
+    ]
+    function.__signature__ = signature.replace(parameters=[*kept, *shown])  # type: ignore[attr-defined]
+    return function
 
 
 def make_config(config: PruningConfig | Mapping[str, Any] | None, options: Mapping[str, Any]) -> PruningConfig:

@@ -17,6 +17,7 @@ from .choose import stage1, stage1_apart
 from .compat import is_exporting, show_survivors
 from .errors import UnsupportedInputError
 from .install import Installation
+from .merging import mixed
 from .read import Chosen, Reader, State, chosen_of
 from .registry import Parts
 from .score import received_attention
@@ -40,7 +41,11 @@ class EarlyStage(Reader):
             on.before(self.parts.projector, self.before_projector)
             on.after(self.parts.projector, self.after_projector)
         for module, readings in self.settings.readings:
-            on.note(install_tap(module, partial(self.observe_vision, readings)))
+            whose = tuple(x for x in readings if x.of != "tokens")
+            if whose:
+                on.note(install_tap(module, partial(self.observe_vision, whose)))
+            if whose != readings:
+                on.before(module, partial(self.before_vision_layer, readings))
 
     def observe_vision(self, readings: tuple[Reading, ...], _: None, seen: Attended) -> None:
         """A vision layer's query and key (B, H, 1 + N, D), [CLS] first: what the scorer reads there, (B, N) each."""
@@ -55,9 +60,16 @@ class EarlyStage(Reader):
                 received = received_attention(asking, seen.key, weight, seen.scaling, causal=False)
             encoding.attention[reading] = received[:, 1:]
 
+    def before_vision_layer(self, readings: tuple[Reading, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
+        """A vision layer's attention is given tokens (B, 1 + N, C), [CLS] first: what the scorer reads there."""
+        encoding = self._call().encoding
+        if encoding is not None:
+            found = tokens_given(args, kwargs)
+            encoding.attention.update({x: found for x in readings if x.of == "tokens"})
+
     @torch.compiler.disable
     def before_projector(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """Stage 1: encoder features (B, N, C), or all images in one row (1, N1 + N2 + ..., C) -> those that stay."""
+        """Stage 1: encoder features (B, N, C), or all images in one row (1, N1 + N2 + ..., C) -> those to project."""
         encoding = self._call().encoding
         if encoding is None:
             return None
@@ -69,20 +81,31 @@ class EarlyStage(Reader):
             return None
         self._check_readings(encoding.arguments)
         if encoding.sizes is None:
-            index, scores = stage1(self.settings, self.settings.scorer, features, encoding.attention)
+            index, *about = stage1(self.settings, self.settings.scorer, features, encoding.attention)
             assert index is not None  # all images are of one size, at which some tokens go
-            encoding.chosen += [Chosen(i, None if scores is None else scores[n]) for n, i in enumerate(index)]
+            encoding.chosen += [
+                Chosen(i, *(None if x is None else x[number] for x in about)) for number, i in enumerate(index)
+            ]
             encoding.rows = index
+            weights = about[1]
+            left = take(features, index) if weights is None else mixed(features, weights)
         else:
             images = features.flatten(0, 1).split(encoding.sizes)
-            indices, scored = stage1_apart(self.settings, self.settings.scorer, images)
-            encoding.chosen += [Chosen(i, s) for i, s in zip(indices, scored, strict=True)]
+            chosen = [Chosen(*x) for x in stage1_apart(self.settings, self.settings.scorer, images)]
+            encoding.chosen += chosen
             starts = np.cumsum([0, *encoding.sizes])[:-1].tolist()
-            whole = [torch.arange(len(x), device=x.device) for x in images]
-            rows = [start + (all_ if i is None else i) for start, i, all_ in zip(starts, indices, whole, strict=True)]
-            encoding.rows = torch.cat(rows)[None]
+            rows = [
+                torch.arange(len(x), device=x.device) if c.rows is None else c.rows
+                for x, c in zip(images, chosen, strict=True)
+            ]
+            encoding.rows = torch.cat([start + x for start, x in zip(starts, rows, strict=True)])[None]
+            parts = [
+                x[r] if c.weights is None else mixed(x[None], c.weights[None])[0]
+                for x, r, c in zip(images, rows, chosen, strict=True)
+            ]
+            left = torch.cat(parts)[None]
         encoding.shape = features.shape[:2]
-        return (take(features, encoding.rows), *args[1:]), kwargs
+        return (left, *args[1:]), kwargs
 
     @torch.compiler.disable
     def after_projector(self, module: nn.Module, args: tuple, kwargs: dict, output: Tensor) -> Tensor | None:
@@ -144,6 +167,12 @@ class EarlyStage(Reader):
         if not is_static_step(args, kwargs):
             _refuse_recording()  # a strict export comes no further: dynamo must not look into what follows
             super().before_model(module, args, kwargs)
+
+
+def tokens_given(args: tuple, kwargs: dict) -> Tensor:
+    """What a vision layer's attention is given, without [CLS], which comes first: (B, N, C)."""
+    hidden = args[0] if args else kwargs["hidden_states"]
+    return hidden[:, 1:].detach()
 
 
 def _refuse_recording() -> None:

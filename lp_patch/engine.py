@@ -195,6 +195,7 @@ class Engine(Planner):
         flat, prompt, plan, places, weights = call.planned
         features = [x for m in prompt.modalities for x in call.features[m.name]]
         record = self._keep(Record(settings.shape, plan.visual, plan.text, plan.wiped, []))
+        record.modalities = {m.name: x & plan.visual for m, x in zip(prompt.modalities, prompt.masks, strict=True)}
         record.note_encoded([x for feature in features for x in getattr(feature, ENCODED, ())])
         if plan.nothing:
             return self._continue(call, args, kwargs)

@@ -4,16 +4,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from .budget import StageBudget
 from .engine import Engine
 from .graphs import CompiledEngine
 from .install import Installation, forget_compiled, unhook
 from .registry import Parts
 from .report import Report, make_report, part_costs
 from .settings import Settings
+from .show import Panel, draw, panels
 from .trace import Trace
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 class Patch:
@@ -54,6 +60,48 @@ class Patch:
             {**asdict(self.config), "layer": layer, "scorer": self._settings.scorer.name},
         )
 
+    def show(
+        self,
+        images: Any = None,
+        *,
+        videos: Any = None,
+        processor: Any = None,
+        title: str = "",
+        path: str | Path | None = None,
+        **options: Any,
+    ) -> "Image":
+        """A picture of what each stage of the latest prefill kept and why, one row for each picture that it saw.
+
+        Each row has the picture, what stage 1 kept, what stage 2 kept, and before each, where the strategy has any, its
+        scores, from dark to light; the 5 % highest have one colour. Where tokens of several sizes lie over one another
+        (tiles and a small copy), the smaller ones are on top, and a place is kept if any of them is.
+
+        Args:
+            images: all pictures of that prefill, PIL or (height, width, 3) arrays, in lists as the processor was given
+                them; one picture may stand alone.
+            videos: its videos, each its frames as a list of pictures or a (frames, height, width, 3) array; at most
+                8 frames of each are drawn.
+            processor: what prepared them. None: the one in the model's checkpoint, if that is on this machine.
+            title: a line above, such as the question.
+            path: a file to write the picture to as well.
+            options: the ones that the processor's call was given for pictures, such as `max_pixels`.
+
+        Returns:
+            A PIL image, which notebooks display.
+
+        Raises:
+            UnsupportedInputError: nothing was pruned yet, or the processor makes other tokens of these pictures.
+            UnsupportedModelError: where this family's tokens lie is not known.
+            MissingExtraError: `lp_patch[show]` is not installed.
+        """
+        return draw(self.panels(images, videos=videos, processor=processor, **options), title, path)
+
+    def panels(
+        self, images: Any = None, *, videos: Any = None, processor: Any = None, **options: Any
+    ) -> list[list[Panel]]:
+        """What `show` draws, to arrange anew and give to `lp_patch.show.draw`: rows of panels."""
+        return panels(self._parts, self._engine.record, images, videos, processor, **options)
+
     @contextmanager
     def asking(self, mask: Tensor) -> Iterator[None]:
         """Within the block, and in this thread, only these tokens of a prompt may ask in stage 2.
@@ -83,6 +131,15 @@ class Patch:
             unhook(module, self._engine)
         forget_compiled(self._parts.model)
 
+    def budget(self, visual_tokens: int) -> StageBudget:
+        """What a picture of so many visual tokens keeps after each stage."""
+        return self._settings.budget(visual_tokens)
+
+    @property
+    def cuts(self) -> tuple[int, int]:
+        """Decoder layers in all, and those that run on the stage-1 tokens."""
+        return self._settings.shape.n_layers, self._settings.shape.layer
+
     @property
     def captured(self) -> dict[str, int]:
         """With `compile=True`: how many regions are captured, and the device memory in bytes that they hold."""
@@ -108,7 +165,9 @@ class Patch:
         state = "active" if self.active else "removed"
         return f"<lp_patch.Patch of {self._parts.adapter.family} ({state}): {budget}, {stages}>"
 
-    def _install(self) -> None:
+    def put_back(self) -> None:
+        """Put the patch on its model, which carries none of ours: after `remove`, the same one again."""
+        self._engine.state.held = False  # hooks that stay on a static cache's account went with `remove`
         try:
             self._engine.install(self._installation)
         except BaseException:

@@ -4,20 +4,24 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from .check import prove
 from .compat import merging_module
-from .config import PruningConfig, make_config
+from .config import Options, PruningConfig, make_config, shows_options
 from .engine import Engine
 from .handle import Patch
 from .install import owner
-from .pruner import WEIGHTS_FILE, LearnablePruner, find_pruner, resolve_pruner
+from .pruner import WEIGHTS_FILE, Pruner, find_pruner, resolve_pruner
+from .recommend import recommended
 from .registry import Adapter, adapter_for, find_parts, unwrap
 from .settings import resolve
-from .strategies import may_use_pruner
+from .strategies import may_use_pruner, resolve_scorer
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def declared(model: Any) -> Adapter:
@@ -34,7 +38,7 @@ def declared(model: Any) -> Adapter:
     return adapter
 
 
-def _find(model: object) -> Patch | None:
+def find_patch(model: object) -> Patch | None:
     """The patch on a model, found by its own hooks, so that copies of the model know theirs."""
     base = merging_module(unwrap(model))
     for hook in getattr(base, "_forward_pre_hooks", {}).values():
@@ -44,13 +48,14 @@ def _find(model: object) -> Patch | None:
     return None
 
 
+@shows_options
 def apply(
     model: nn.Module,
     config: PruningConfig | Mapping[str, Any] | str | Path | None = None,
     *,
-    pruner: LearnablePruner | str | Path | None = None,
+    pruner: Pruner | str | Path | None = None,
     compile: bool = False,
-    **options: Any,
+    **options: "Unpack[Options]",
 ) -> Patch:
     """Prune the visual tokens of this model from now on, in place. An earlier patch of ours on it is replaced.
 
@@ -59,11 +64,14 @@ def apply(
             changes.
         config: options as a `PruningConfig` or as a dict of its fields, or a folder that `Patch.save_pretrained`
             wrote: its settings, and its pruner if it holds one and none is given.
-        pruner: trained stage-1 weights: a Hub id, a folder, or a `LearnablePruner`; one that was trained on another
+        pruner: trained stage-1 weights: a Hub id, a folder, or a `LearnablePruner` (or another
+            kind, see `lp_patch.strategies`); one that was trained on another
             base warns. None: for a scorer that reads one, and for "auto", the pruner that belongs to the model's
             checkpoint, which is the folder ``lp_patch_pruner`` inside a local one, or a
             `lp_patch.pruner.KNOWN_PRUNERS` entry; without one "auto" is training-free. A settings folder without a
-            pruner means none.
+            pruner means none. Where it recommends `layer` and `stage_ratio` for this strategy and this very budget,
+            they are taken, unless `config` is a whole `PruningConfig` or a folder, or an option among these two and
+            `final_wipe_layer` is named.
         compile: run the prefill in captured regions (CUDA graphs), where the host takes longer than the device: short
             prompts, batch 1. Each shape is captured at its first call, which takes about as long as five others; at
             most eight are kept, in memory of their own (`Patch.captured`). What does not fit (batches, padding,
@@ -79,6 +87,9 @@ def apply(
         PrunerError: the pruner cannot be loaded or reads another width.
     """
     look_up = pruner is None
+    # a whole config, or a folder's, leaves nothing open
+    whole = config is not None and not isinstance(config, Mapping)
+    named = {*options, *(config if isinstance(config, Mapping) else ())}
     if isinstance(config, (str, Path)):
         look_up = False  # these settings ran with the folder's pruner, or without any
         folder = Path(config)
@@ -91,11 +102,13 @@ def apply(
         module = find_pruner(parts.model.config, parts.width)
     else:
         module = resolve_pruner(pruner, parts.width, parts.model.config)
+    if module is not None and not whole:
+        settings = recommended(settings, module.recommended, resolve_scorer(settings.scorer, module).name, named)
     patch = Patch(parts, resolve(parts, settings, module), compile)
-    earlier = _find(model)
+    earlier = find_patch(model)
     if earlier is not None:
         earlier.remove()
-    patch._install()
+    patch.put_back()
     if not hasattr(parts.model, "generate"):
         warnings.warn(
             f"{type(parts.model).__name__} is patched without its head: where a whole model generates with it, "
@@ -108,24 +121,25 @@ def apply(
 
 def remove(model: nn.Module) -> None:
     """Take our patch off a model, bit for bit; does nothing where there is none."""
-    patch = _find(model)
+    patch = find_patch(model)
     if patch is not None:
         patch.remove()
 
 
 def is_applied(model: nn.Module) -> bool:
     """Whether the model carries a patch of ours."""
-    return _find(model) is not None
+    return find_patch(model) is not None
 
 
+@shows_options
 @contextmanager
 def applied(
     model: nn.Module,
     config: PruningConfig | Mapping[str, Any] | str | Path | None = None,
     *,
-    pruner: LearnablePruner | str | Path | None = None,
+    pruner: Pruner | str | Path | None = None,
     compile: bool = False,
-    **options: Any,
+    **options: "Unpack[Options]",
 ) -> Iterator[Patch]:
     """`apply` for the length of a with block; removed at its end, exceptions included."""
     patch = apply(model, config, pruner=pruner, compile=compile, **options)

@@ -18,7 +18,7 @@ from .read import chosen_of
 from .registry import Parts
 from .select import take
 from .strategies import SCORERS
-from .trace import InputScores
+from .trace import InputMixtures, InputScores
 
 _NONE = np.zeros(0, dtype=np.int64)
 
@@ -64,6 +64,9 @@ def cut_input(
             scores = None if x.feature is None else chosen_of(features[x.feature]).scores
             if scores is not None and len(scores) == len(x.positions):
                 forward.record.stage1_scores.append(InputScores(x.row, x.positions, scores))
+            weights = None if x.feature is None else chosen_of(features[x.feature]).weights
+            if weights is not None and weights.shape == (x.kept, len(x.positions)):
+                forward.record.mixtures.append(InputMixtures(x.row, x.positions, weights.detach()))
         numbers = torch.cat([x.to(embeds.device, non_blocking=True) for x in found])  # type: ignore[union-attr]
         chosen = positions.index_select(0, numbers + offsets)
     visual = torch.from_numpy(plan.visual).to(embeds.device, non_blocking=True)
@@ -82,7 +85,7 @@ def _choose_late(
     settings, record = forward.settings, forward.record
     scorer = settings.scorer
     assert record is not None
-    if scorer.reads or (scorer.needs_pruner and early):
+    if scorer.reads or scorer.mix or (scorer.needs_pruner and early):
         warn(
             f'scorer="{scorer.name}" reads the vision encoder, but this call brings features that were encoded '
             'without the patch: they are pruned by "diversity". Encode them with the patched model instead'
@@ -95,11 +98,11 @@ def _choose_late(
             "these image features have rows of NaN: either lp_patch pruned them and they were copied since, which "
             "loses what was kept (pass them as get_image_features returned them), or the encoder made them"
         )
-    indices, scores = stage1_apart(settings, scorer, found)
+    answers = stage1_apart(settings, scorer, found)
     record.stage1_scores += [
-        InputScores(x.row, x.positions, s) for x, s in zip(late, scores, strict=True) if s is not None
+        InputScores(x.row, x.positions, s) for x, (_, s, _) in zip(late, answers, strict=True) if s is not None
     ]
-    return indices  # type: ignore[return-value]  # a loss keeps fewer than all
+    return [index for index, _, _ in answers]  # type: ignore[misc]  # a loss keeps fewer than all
 
 
 def weigh_queries(forward: Forward, prompt: Prompt, weights: np.ndarray) -> Tensor:

@@ -1,4 +1,4 @@
-"""LearnablePruner: the per-token module of stage 1, and its files on disk and on the Hub."""
+"""Trained weights of stage 1: their files on disk and on the Hub, and LearnablePruner, the per-token module."""
 
 import json
 import os
@@ -6,7 +6,7 @@ import re
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from huggingface_hub import HfApi, ModelCardData, hf_hub_download
@@ -14,80 +14,84 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from .errors import PrunerError
+from .errors import ConfigError, PrunerError
+from .recommend import check_recommended
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 CARD_FILE = "README.md"
 # still 1: the facts below are optional, so files without them load here, and files with them in an older lp_patch
 FORMAT_VERSION = 1
-FACTS = ("base_model", "model_type", "license", "training_info")
+FACTS = ("base_model", "model_type", "license", "training_info", "recommended")
 CARD_MARK = "<!-- lp_patch writes this card anew at each save. Delete this line, and it keeps what you wrote. -->"
 
 CHECKPOINT_FOLDER = "lp_patch_pruner"  # inside a local checkpoint's folder: the pruner that belongs to it
 # base checkpoint on the Hub -> the Hub id of its pruner, as "org/base": "org/pruner"; only weights that exist
 KNOWN_PRUNERS: dict[str, str] = {}
 
+Own = TypeVar("Own", bound="Pruner")
 
-class LearnablePruner(nn.Module):
-    """A per-token MLP that says how much a visual token is worth keeping (LearnPruner, section 3).
 
-    ``Linear(hidden, intermediate) -> GELU -> Linear(intermediate, 2)``; the paper gives the parameter count
-    (0.53 M at 1024), the activation and the meaning of the outputs are ours: index 0 drops, index 1 keeps.
+class Pruner(nn.Module):
+    """Trained weights that a stage-1 strategy reads, with what is known of them. A subclass is one kind.
 
     Args:
-        hidden_size: width of the features that it reads, the projector's input.
-        intermediate_size: width of the hidden layer.
+        sizes: by name, each an attribute too; "hidden_size" is the width of the features that it reads.
         base_model: checkpoint that it was trained on, as its ``from_pretrained`` takes it; None: unknown.
         model_type: that checkpoint's ``config.model_type``; None: unknown.
         license: of the weights, an identifier of the Hub's; None: unknown.
         training_info: how it was trained and what it reached, for the model card: "objective", "data", "samples",
             "seed", "figures" (a dict) and whatever else JSON holds.
+        recommended: settings that `lp_patch.calibrate` found best with it, a dict for each strategy and budget
+            (`lp_patch.recommend`); `apply` takes them where the caller says nothing else.
 
-    The last four are attributes too, and are checked again when it is saved.
+    The last five are attributes too, and are checked again when it is saved.
+
+    Attributes:
+        kind: the name of the strategy that "auto" means with such weights; ``config.json`` says it.
+        sizes: names of the constructor's own arguments, which ``config.json`` holds.
+        about: what its model card says of it, with the sizes to be filled in.
 
     Raises:
         PrunerError: an argument is out of range or of another type.
     """
 
+    kind: ClassVar[str]
+    sizes: ClassVar[tuple[str, ...]]
+    about: ClassVar[str]
+    kinds: ClassVar[dict[str, type["Pruner"]]] = {}
+    hidden_size: int
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        Pruner.kinds.setdefault(cls.kind, cls)
+
     def __init__(
         self,
-        hidden_size: int,
-        intermediate_size: int = 512,
+        sizes: dict[str, int],
         *,
         base_model: str | None = None,
         model_type: str | None = None,
         license: str | None = "apache-2.0",
         training_info: dict[str, Any] | None = None,
+        recommended: list[dict[str, Any]] | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("hidden_size", hidden_size), ("intermediate_size", intermediate_size)):
+        for name, value in sizes.items():
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise PrunerError(f"{name} must be an int >= 1, got {value!r}")
-        self.hidden_size = hidden_size
-        self.intermediate_size = intermediate_size
+            setattr(self, name, value)
         self.base_model = base_model
         self.model_type = model_type
         self.license = license
         self.training_info = {} if training_info is None else training_info  # `training` is nn.Module's own
+        self.recommended = [] if recommended is None else recommended
         self._config()
-        self.fc1 = nn.Linear(hidden_size, intermediate_size)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(intermediate_size, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (drop, keep): x (..., hidden) in the module's dtype -> (..., 2)."""
-        return self.fc2(self.act(self.fc1(x)))
-
-    def score(self, x: Tensor) -> Tensor:
-        """Keep probability in float32: x (..., hidden), any float dtype and device -> (...).
-
-        The pruner goes to x's device, once, where it stays: features are more than weights.
-        """
-        if self.fc1.weight.device != x.device:
+    def follow(self, x: Tensor) -> None:
+        """Go to x's device, once, and stay there: features are more than weights."""
+        if next(self.parameters()).device != x.device:
             self.to(x.device)
-        with torch.autocast(x.device.type, enabled=False):
-            return self(x.to(self.fc1.weight.dtype)).float().softmax(dim=-1)[..., 1]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write ``config.json``, ``model.safetensors`` and a model card, ``README.md``, into `folder`, made if missing.
@@ -124,14 +128,23 @@ class LearnablePruner(nn.Module):
             raise PrunerError(
                 f"training_info must be a dict of what JSON holds ({error}), got {self.training_info!r:.200}"
             ) from error
-        sizes = {"hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size}
-        return {"format_version": FORMAT_VERSION, **sizes, **{name: getattr(self, name) for name in FACTS}}
+        try:
+            check_recommended(self.recommended)
+        except ConfigError as error:
+            raise PrunerError(f"recommended settings: {error}") from error
+        # files of the first kind do not name it: those before there were others do not either
+        kind = {} if self.kind == LearnablePruner.kind else {"kind": self.kind}
+        facts = [name for name in FACTS if name != "recommended" or self.recommended]
+        held = {name: getattr(self, name) for name in (*self.sizes, *facts)}
+        return {"format_version": FORMAT_VERSION, **kind, **held}
 
     @classmethod
     def from_pretrained(
-        cls, source: str | Path, *, revision: str | None = None, width: int | None = None, **hub_options: Any
-    ) -> "LearnablePruner":
+        cls: type[Own], source: str | Path, *, revision: str | None = None, width: int | None = None, **hub_options: Any
+    ) -> Own:
         """Load from a folder or a Hub repository; never unpickles and never runs code from there.
+
+        `Pruner` loads any kind, a subclass its own.
 
         Args:
             source: an existing folder, else a Hub id ("org/name").
@@ -146,15 +159,24 @@ class LearnablePruner(nn.Module):
         try:
             config = json.loads(config_path.read_text(encoding="utf-8"))
             version = config.get("format_version")
-            sizes = {name: config[name] for name in ("hidden_size", "intermediate_size")}
+            kind = config.get("kind", LearnablePruner.kind)
+            sizes = {name: config[name] for name in getattr(Pruner.kinds.get(kind), "sizes", ())}
             facts = {name: config.get(name) for name in FACTS}
-        except (OSError, ValueError, KeyError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise PrunerError(f"{CONFIG_FILE} of {str(source)!r} is not a pruner's: {error!r}") from error
         if version != FORMAT_VERSION:
             raise PrunerError(f"{str(source)!r} has format_version {version!r}; this lp_patch reads {FORMAT_VERSION}")
+        if kind not in Pruner.kinds:
+            raise PrunerError(f"{str(source)!r} is of kind {kind!r}; this lp_patch reads {', '.join(Pruner.kinds)}")
+        own = Pruner.kinds[kind]
+        if not issubclass(own, cls):
+            raise PrunerError(
+                f"{str(source)!r} holds weights of kind {kind!r}, {own.__name__}, asked for was {cls.__name__}: load "
+                "them with lp_patch.pruner.Pruner.from_pretrained"
+            )
         try:
             with torch.device("meta"):
-                pruner = cls(**sizes, **facts)
+                pruner = own(**sizes, **facts)
         except (PrunerError, RuntimeError, TypeError) as error:  # the last two: more numbers than torch can address
             raise PrunerError(f"{CONFIG_FILE} of {str(source)!r}: {str(error).splitlines()[0]}") from error
         if width is not None:
@@ -183,11 +205,51 @@ class LearnablePruner(nn.Module):
         with tempfile.TemporaryDirectory() as folder:
             self._save(Path(folder), repo_id)
             return api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message="Upload LearnablePruner with lp_patch"
+                repo_id=repo_id, folder_path=folder, commit_message=f"Upload {type(self).__name__} with lp_patch"
             ).commit_url
 
 
-def _card(pruner: LearnablePruner, source: str) -> str:
+class LearnablePruner(Pruner):
+    """A per-token MLP that says how much a visual token is worth keeping (LearnPruner, section 3).
+
+    ``Linear(hidden, intermediate) -> GELU -> Linear(intermediate, 2)``; the paper gives the parameter count
+    (0.53 M at 1024), the activation and the meaning of the outputs are ours: index 0 drops, index 1 keeps.
+
+    Args:
+        hidden_size: width of the features that it reads, the projector's input.
+        intermediate_size: width of the hidden layer.
+        facts: what is known of the weights: base_model, model_type, license, training_info; see `Pruner`.
+
+    Raises:
+        PrunerError: an argument is out of range or of another type.
+    """
+
+    kind = "learned"
+    sizes = ("hidden_size", "intermediate_size")
+    intermediate_size: int
+    about = (
+        "(LearnPruner, arXiv 2604.23950): it scores each visual token by its\n{hidden_size}-wide feature, so that a "
+        "vision-language model may keep the best of them."
+    )
+
+    def __init__(self, hidden_size: int, intermediate_size: int = 512, **facts: Any) -> None:
+        super().__init__({"hidden_size": hidden_size, "intermediate_size": intermediate_size}, **facts)
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(intermediate_size, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (drop, keep): x (..., hidden) in the module's dtype -> (..., 2)."""
+        return self.fc2(self.act(self.fc1(x)))
+
+    def score(self, x: Tensor) -> Tensor:
+        """Keep probability in float32: x (..., hidden), any float dtype and device -> (...)."""
+        self.follow(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return self(x.to(self.fc1.weight.dtype)).float().softmax(dim=-1)[..., 1]
+
+
+def _card(pruner: Pruner, source: str) -> str:
     """The model card of a pruner that is applied from `source`; what is unknown is said to be."""
     base = pruner.base_model
     # the Hub refuses a base_model that cannot be a Hub id, such as a folder's path
@@ -206,8 +268,7 @@ def _card(pruner: LearnablePruner, source: str) -> str:
 
 # Visual-token pruner
 
-A `LearnablePruner` of lp_patch (LearnPruner, arXiv 2604.23950): it scores each visual token by its
-{pruner.hidden_size}-wide feature, so that a vision-language model may keep the best of them.
+A `{type(pruner).__name__}` of lp_patch {pruner.about.format_map(vars(pruner))}
 
 ```python
 import lp_patch
@@ -222,6 +283,24 @@ patch = lp_patch.apply(model, pruner={json.dumps(source)})  # model: the base mo
 ## Figures
 
 {results}
+{_recommended(pruner)}"""
+
+
+def _recommended(pruner: Pruner) -> str:
+    """The card's section on recommended settings; empty without any."""
+    if not pruner.recommended:
+        return ""
+    names = list(dict.fromkeys(name for entry in pruner.recommended for name in entry))
+    rows = [[_cell(entry[name]) if name in entry else "" for name in names] for entry in pruner.recommended]
+    lines = [names, ["---"] * len(names), *rows]
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"""
+## Recommended settings
+
+`lp_patch.calibrate` found these best on so many prompts, which `lp_patch.apply(model, tokens=...)` takes unless told
+otherwise.
+
+{table}
 """
 
 
@@ -252,7 +331,7 @@ def _locate(source: str | Path, name: str, revision: str | None, hub_options: di
         ) from error
 
 
-def _check_width(pruner: LearnablePruner, width: int) -> None:
+def _check_width(pruner: Pruner, width: int) -> None:
     if pruner.hidden_size != width:
         raise PrunerError(
             f"the pruner reads {pruner.hidden_size}-wide features, this model has {width}-wide ones: "
@@ -260,11 +339,11 @@ def _check_width(pruner: LearnablePruner, width: int) -> None:
         )
 
 
-def resolve_pruner(pruner: object, width: int, config: Any = None) -> LearnablePruner | None:
+def resolve_pruner(pruner: object, width: int, config: Any = None) -> Pruner | None:
     """The `pruner=` of `apply` as a module of the model's width, or None; warns of one trained on another base.
 
     Args:
-        pruner: None, a LearnablePruner, a folder, or a Hub id.
+        pruner: None, a Pruner, a folder, or a Hub id.
         width: features that the model's projector reads.
         config: the model's, whose checkpoint and type are compared with the pruner's; None: they are not. A model that
             was not loaded from anywhere has no checkpoint to compare.
@@ -275,8 +354,8 @@ def resolve_pruner(pruner: object, width: int, config: Any = None) -> LearnableP
     if pruner is None:
         return None
     if isinstance(pruner, (str, Path)):
-        pruner = LearnablePruner.from_pretrained(pruner, width=width)
-    if not isinstance(pruner, LearnablePruner):
+        pruner = Pruner.from_pretrained(pruner, width=width)
+    if not isinstance(pruner, Pruner):
         raise PrunerError(
             f"pruner must be a LearnablePruner, a folder or a Hub id, got {type(pruner).__name__}: {pruner!r}"
         )
@@ -292,7 +371,7 @@ def resolve_pruner(pruner: object, width: int, config: Any = None) -> LearnableP
     return pruner
 
 
-def find_pruner(config: Any, width: int) -> LearnablePruner | None:
+def find_pruner(config: Any, width: int) -> Pruner | None:
     """The pruner that belongs to a checkpoint: the one inside its local folder, else that of `KNOWN_PRUNERS`, or None.
 
     Only an entry of the table may ask the Hub. Where it lies says what it is for: no base is compared.
@@ -304,15 +383,20 @@ def find_pruner(config: Any, width: int) -> LearnablePruner | None:
     Raises:
         PrunerError: there is one and it cannot be loaded, or it reads another width.
     """
-    name = _name(config)
-    inside = Path(name) / CHECKPOINT_FOLDER
-    source = inside if name and inside.is_dir() else KNOWN_PRUNERS.get(name)
+    name, source = _name(config), pruner_source(config)
     if source is None:
         return None
     try:
-        return LearnablePruner.from_pretrained(source, width=width)
+        return Pruner.from_pretrained(source, width=width)
     except PrunerError as error:
         raise PrunerError(f'the pruner of {name!r} (scorer="diversity" prunes without it): {error}') from error
+
+
+def pruner_source(config: Any) -> Path | str | None:
+    """Where the pruner of a checkpoint lies, as `find_pruner` looks for it: a folder, a Hub id, or None."""
+    name = _name(config)
+    inside = Path(name) / CHECKPOINT_FOLDER
+    return inside if name and inside.is_dir() else KNOWN_PRUNERS.get(name)
 
 
 def _name(config: Any) -> str:

@@ -38,10 +38,12 @@ class Chosen(NamedTuple):
     Attributes:
         rows: (R,) int64, ascending: those that were projected; None: all. The others hold NaN.
         scores: (N,) float, or None if the strategy has none. In training, the decisions.
+        weights: (R, N) float32, of what the tokens that stand at `rows` are mixtures; None: they are as they were.
     """
 
     rows: Tensor | None
     scores: Tensor | None
+    weights: Tensor | None = None
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Encoding:
         arguments: of the encoding method, by name.
         sizes: rows of each image in each of the projector's rows, where these are not one image each.
         chosen: what stage 1 decided, image by image; `present` the rows that each had.
-        attention: what the scorer reads in the encoder, (B, N) each.
+        attention: what the scorer reads in the encoder, (B, N) or (B, N, C) each.
         towers: rows that the vision tower was given, and tokens of each.
         rows: (B, R) int64, the rows of the projector's input that it was given, of `shape` (B, N), or None for all.
     """
@@ -414,8 +416,11 @@ def _placed(feature: Tensor, count: int) -> Tensor:
     rows = feature[:count].detach()
     chosen = chosen_of(feature)
     if count < len(feature) and chosen.rows is not None:
-        chosen = Chosen(chosen.rows[chosen.rows < count], chosen.scores)
-    setattr(rows, CHOSEN, Chosen(chosen.rows, None if chosen.scores is None else chosen.scores[:count]))
+        there = chosen.rows < count
+        weights = None if chosen.weights is None else chosen.weights[there]
+        chosen = Chosen(chosen.rows[there], chosen.scores, weights)
+    scores = None if chosen.scores is None else chosen.scores[:count]
+    setattr(rows, CHOSEN, chosen._replace(scores=scores))
     return rows
 
 

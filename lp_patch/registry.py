@@ -23,6 +23,7 @@ from .compat import (
     window,
 )
 from .errors import ConfigError, UnsupportedModelError
+from .layout import Layout
 from .unfit import UNFIT
 
 ENTRY_POINT_GROUP = "lp_patch.adapters"
@@ -84,6 +85,8 @@ class Adapter:
         first_cut: from the model's config, how many decoder layers must run before stage 2 may cut; None: one.
         fewest: from the model's config, the fewest visual tokens that an image or video can have: a budget that none
             could be pruned to is refused at once. None, or a function that returns it: the config does not tell.
+        layout: what lies under each visual token, a function of `layout.Pixels`, for pictures of what was kept; None:
+            not known, or not in one place.
         vision_attention: from the merging module, the attention modules of the vision layers up to the one whose output
             the features are, in order; None where the family has no [CLS], first of its tokens and cut off, whose
             other tokens are the projector's input one to one.
@@ -109,6 +112,7 @@ class Adapter:
     tower: Callable[[Any], nn.Module | None] | None = None
     first_cut: Callable[[Any], int] | None = None
     fewest: Callable[[Any], int | None] | None = None
+    layout: Layout | None = None
     vision_attention: Callable[[Any], list[nn.Module]] | None = None
     language_model: str = "language_model"
     layers: str = "language_model.layers"
@@ -411,6 +415,13 @@ def find_parts(model: object, adapter: Adapter | None = None) -> Parts:
         blocks=makes_masks(inner),
         kinds=kinds,
     )
+
+
+def features_width(config: Any) -> int:
+    """The width of the features that stage 1 reads, from the config of a model whose type is declared."""
+    _load_adapters()
+    adapter = _adapters[config.model_type]
+    return config.get_text_config().hidden_size if adapter.width is None else adapter.width(config)
 
 
 def find_kinds(layers: tuple[nn.Module, ...], path: str, config: Any) -> Kinds:

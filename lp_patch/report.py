@@ -91,6 +91,7 @@ class Report:
             "visual_tokens": None if t is None else list(t.visual_tokens),
             "text_tokens": None if t is None else list(t.text_tokens),
             "tokens_per_layer": None if t is None else [list(x) for x in t.tokens_per_layer],
+            "merged": None if t is None else [x is not None for x in t.mixtures],
             "flops_ratio": self.flops_ratio,
             "prefill_ratio": self.prefill_ratio,
             "kv_ratio": self.kv_ratio,
@@ -154,9 +155,11 @@ class Report:
         counted = [x.name for x in self.parts]
         missing = [name for name in (TOWER, PROJECTOR) if name not in counted]
         whole = [f"with {' and '.join(counted)} {_less(self.prefill_ratio)}"] if counted else []
+        merged = self.trace is not None and any(x is not None for x in self.trace.mixtures)
         return [
             f"decoder arithmetic of the prefill {_less(self.flops_ratio)}, KV cache {_less(self.kv_ratio)} of unpruned",
             ", ".join([*whole, *(f"{name} not counted" for name in missing)]),
+            *(["stage 1 merged: its tokens are mixtures (trace.mixtures), none was kept as it was"] if merged else []),
             "settings: " + ", ".join(f"{name}={x!r}" for name, x in self.settings.items() if x is not None),
         ]
 

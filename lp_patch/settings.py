@@ -9,7 +9,7 @@ from .attention import check_rotary, check_tappable
 from .budget import StageBudget, default_layer, inside_budget, stage_budget
 from .config import PruningConfig
 from .errors import ConfigError
-from .pruner import LearnablePruner
+from .pruner import Pruner
 from .registry import Kinds, Parts
 from .strategies import SCORERS, Reading, Scorer, TextScorer, resolve_scorer, resolve_text_scorer
 from .trace import Shape
@@ -21,7 +21,7 @@ class Settings:
 
     Attributes:
         shape: where the stages begin.
-        readings: the vision attention modules that the scorer reads, each once, and what it reads there.
+        readings: the vision attention modules that the scorer reads at, each once, and what it reads there.
         kinds: what the decoder layers look at.
         arguments: names of a decoder layer's arguments, in order; `per_token` those that hold a row for each token.
         streams: whether hidden states between the layers are several streams (A, B, N, C).
@@ -30,7 +30,7 @@ class Settings:
     config: PruningConfig
     scorer: Scorer
     text_scorer: TextScorer
-    pruner: LearnablePruner | None
+    pruner: Pruner | None
     shape: Shape
     readings: tuple[tuple[nn.Module, tuple[Reading, ...]], ...]
     kinds: Kinds
@@ -43,13 +43,13 @@ class Settings:
         if present == 0:
             return StageBudget(0, 0)
         n_layers, layer, wipe_layer = self.shape
-        average = self.config.average(present)
+        average, rounding = self.config.average(present), self.config.rounding
         if self.scorer.keeps_all:
-            return inside_budget(average, present, n_layers, layer, wipe_layer)
-        return stage_budget(average, present, n_layers, layer, self.config.stage_ratio, wipe_layer)
+            return inside_budget(average, present, n_layers, layer, wipe_layer, rounding)
+        return stage_budget(average, present, n_layers, layer, self.config.stage_ratio, wipe_layer, rounding)
 
 
-def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None) -> Settings:
+def resolve(parts: Parts, config: PruningConfig, pruner: Pruner | None) -> Settings:
     """The config's options on this model.
 
     Raises:
@@ -65,14 +65,19 @@ def resolve(parts: Parts, config: PruningConfig, pruner: LearnablePruner | None)
     if wipe is not None and not layer < wipe <= n_layers:
         raise ConfigError(f"final_wipe_layer must lie in [{layer + 1}, {n_layers}] (after layer={layer}), got {wipe}")
     shape = Shape(n_layers, layer, None if wipe == n_layers else wipe)
-    _check_strategies(config, scorer, text_scorer)
+    check_strategies(config, scorer, text_scorer)
+    if scorer.mix is not None and parts.projector is None:
+        raise ConfigError(
+            f"scorer={scorer.name!r} mixes tokens before a projector that works token by token, which "
+            f'{parts.adapter.family} does not have: use a scorer that keeps tokens as they are, such as "diversity"'
+        )
     settings = Settings(
         config,
         scorer,
         text_scorer,
         pruner,
         shape,
-        _readings(parts, scorer),
+        readings(parts, scorer),
         parts.kinds,
         tuple(inspect.signature(parts.layers[0].forward).parameters),
         parts.adapter.per_token,
@@ -134,9 +139,9 @@ def _layer(parts: Parts, config: PruningConfig, text_scorer: TextScorer) -> int:
     return min(allowed, key=lambda x: (abs(x - wanted), x))
 
 
-def _check_strategies(config: PruningConfig, scorer: Scorer, text_scorer: TextScorer) -> None:
+def check_strategies(config: PruningConfig, scorer: Scorer, text_scorer: TextScorer) -> None:
     """Refuse options that the strategies would ignore."""
-    if (scorer.select or scorer.keeps_all) and config.diversity not in (0, PruningConfig.diversity):
+    if (scorer.select or scorer.mix or scorer.keeps_all) and config.diversity not in (0, PruningConfig.diversity):
         raise ConfigError(
             f"diversity={config.diversity} has no effect with scorer={scorer.name!r}, which has a rule of its own: "
             "leave it out"
@@ -157,8 +162,13 @@ def _check_strategies(config: PruningConfig, scorer: Scorer, text_scorer: TextSc
         )
 
 
-def _readings(parts: Parts, scorer: Scorer) -> tuple[tuple[nn.Module, tuple[Reading, ...]], ...]:
-    """The vision attention modules that the scorer reads, each once, and what it reads there."""
+def readings(parts: Parts, scorer: Scorer) -> tuple[tuple[nn.Module, tuple[Reading, ...]], ...]:
+    """The vision attention modules that the scorer reads at, each once, and what it reads there.
+
+    Raises:
+        ConfigError: the family has no [CLS], or too few vision layers.
+        UnsupportedModelError: an attention that cannot be read.
+    """
     if not scorer.reads:
         return ()
     adapter = parts.adapter
@@ -172,6 +182,14 @@ def _readings(parts: Parts, scorer: Scorer) -> tuple[tuple[nn.Module, tuple[Read
     found: dict[int, tuple[Reading, ...]] = {}
     for reading in scorer.reads:
         number = max(1, round(reading.depth * len(modules)))
-        check_tappable(modules[number - 1], f"the attention of vision layer {number}")
+        if reading.of == "tokens":
+            number += 1  # the next layer's attention is given them
+            if number > len(modules):
+                raise ConfigError(
+                    f"scorer={scorer.name!r} reads tokens between two vision layers, {adapter.family} uses "
+                    f"{len(modules)} here: use another scorer"
+                )
+        else:
+            check_tappable(modules[number - 1], f"the attention of vision layer {number}")
         found[number] = (*found.get(number, ()), reading)
-    return tuple((modules[number - 1], readings) for number, readings in found.items())
+    return tuple((modules[number - 1], own) for number, own in found.items())

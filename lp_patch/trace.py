@@ -31,6 +31,9 @@ class Trace:
         stage2_scores: (R1,) float32, text-to-vision attention of the stage-1 survivors, or None without stage 2.
         tokens_per_layer: visual tokens that each decoder layer ran on.
         text_tokens: tokens of the prompt that are neither visual nor padding.
+        mixtures: (R1, visual tokens) float32 where stage 1 merges: the token that stands in the place of `stage1[i]`
+            is the sum of all by the weights of row i, and none is as it was, but for those of pictures within their
+            budget. None where tokens are kept as they are, or where a mask hides a part of a mixed picture.
     """
 
     visual_tokens: list[int]
@@ -40,14 +43,15 @@ class Trace:
     stage2_scores: list[Tensor | None]
     tokens_per_layer: list[list[int]]
     text_tokens: list[int]
+    mixtures: list[Tensor | None]
 
     def __repr__(self) -> str:
         shown, first, second = (
             reprlib.repr(x) for x in (self.visual_tokens, list(map(len, self.stage1)), list(map(len, self.stage2)))
         )
-        return (
-            f"<lp_patch.Trace: {len(self.visual_tokens)} prompts, of {shown} visual tokens {first}, then {second} kept>"
-        )
+        how = "kept" if all(x is None for x in self.mixtures) else "mixtures of them"
+        numbers = f"of {shown} visual tokens {first}, then {second} {how}"
+        return f"<lp_patch.Trace: {len(self.visual_tokens)} prompts, {numbers}>"
 
 
 class Encoded(NamedTuple):
@@ -74,6 +78,14 @@ class InputScores(NamedTuple):
     scores: Tensor
 
 
+class InputMixtures(NamedTuple):
+    """What the tokens that stage 1 left of one visual input are mixtures of: weights (R1, n), as `InputScores`."""
+
+    row: int
+    positions: np.ndarray
+    weights: Tensor
+
+
 class Record:
     """One prefill's decisions as device tensors; read into a `Trace` only when somebody asks.
 
@@ -83,6 +95,9 @@ class Record:
         text: per row, tokens that are neither visual nor padding.
         wiped: per row, whether its last visual tokens vanish at `shape.wipe_layer`.
         stage1_scores: of the visual inputs that have any.
+
+    Attributes:
+        mixtures: of the visual inputs whose tokens were merged.
     """
 
     def __init__(
@@ -98,9 +113,11 @@ class Record:
         self.text = text
         self.wiped = wiped
         self.stage1_scores = stage1_scores
+        self.mixtures: list[InputMixtures] = []
         self.stage1: Tensor | None = None
         self.stage2: tuple[Tensor, Tensor, Tensor] | None = None
         self.encoded: list[Encoded] = []
+        self.modalities: dict[str, np.ndarray] = {}  # (B, S) bool each: those of `visual` that are images, videos
 
     def note_encoded(self, encoded: list[Encoded]) -> None:
         """The prefill's features came of these encoding calls; those that came encoded have none."""
@@ -143,6 +160,7 @@ class Record:
             stage2_scores=stage2_scores,
             tokens_per_layer=per_layer,
             text_tokens=list(self.text),
+            mixtures=[self._row_mixtures(row, seen, kept[row]) for row, seen in enumerate(visual)],
         )
 
     def _row_scores(self, row: int, visual: Tensor) -> Tensor | None:
@@ -153,3 +171,14 @@ class Record:
                 scores[torch.from_numpy(x.positions)] = x.scores.float().cpu()
         own = scores[visual]
         return None if len(own) == 0 or own.isnan().any() else own
+
+    def _row_mixtures(self, row: int, visual: Tensor, kept: Tensor) -> Tensor | None:
+        """(R1, visual tokens) float32 of a row's `kept` (S,) bool among its `visual` (S,); None: none is mixed."""
+        own = [x for x in self.mixtures if x.row == row]
+        if not own:
+            return None
+        weights = torch.eye(len(visual))
+        for x in own:
+            at = torch.from_numpy(x.positions)
+            weights[at[kept[at]][:, None], at] = x.weights.float().cpu()
+        return weights[kept][:, visual]

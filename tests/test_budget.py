@@ -104,6 +104,55 @@ def test_more_budget_never_keeps_less(case, more):
     assert large.stage2 >= small.stage2
 
 
+@given(settings())
+def test_rounded_down_never_exceeds_the_budget(case):
+    average, present, n_layers, layer, ratio, wipe = case
+    assume(1 <= average < present)
+    end = wipe or n_layers
+    got = stage_budget(float(average), present, n_layers, layer, float(ratio), wipe, "down")
+    true = Fraction(got.stage1 * layer + got.stage2 * (end - layer), n_layers)
+    assert true <= average
+    # and wastes less than a token, unless the layers before the wipe cannot spend it
+    assert true > min(average, Fraction(present * end, n_layers)) - 1
+    assert 1 <= got.stage2 <= got.stage1 <= present
+
+
+@given(settings())
+def test_rounded_down_against_exact_fractions(case):
+    average, present, n_layers, layer, ratio, wipe = case
+    assume(1 <= average < present)
+    later = (wipe or n_layers) - layer
+    spend = n_layers * average
+    stage2 = max(1, min(present, math.floor(spend / (ratio * layer + later))))
+    stage1 = stage2 if ratio == 1 else math.floor((spend - later * stage2) / layer)
+    if stage1 > present:
+        stage1, stage2 = present, min(present, math.floor((spend - layer * present) / later))
+    got = stage_budget(float(average), present, n_layers, layer, float(ratio), wipe, "down")
+    assert got == (min(stage1, present), stage2)
+
+
+def test_rounded_down_by_hand():
+    # 6 layers, 2 of them first: 192 tokens over all layers; 192 / (3 * 2 + 4) = 19.2, and (192 - 4 * 19) / 2 = 58
+    assert stage_budget(32, 576, 6, 2, 3.0, None, "down") == (58, 19)
+    assert stage_budget(32, 576, 6, 2, 3.0) == (60, 20)  # 33.3 on average
+    # 24 of 32 on average: stage 1 has 32 alone, so stage 2 gets (24 * 32 - 12 * 32) / 20 = 19.2
+    assert stage_budget(24, 32, 32, 12, 3.0, None, "down") == (32, 19)
+    assert stage_budget(1e-6, 576, 32, 12, 3.0, None, "down") == (1, 1)
+    assert stage_budget(64.9, 576, 32, 12, 1.0, None, "down") == (64, 64)
+    assert inside_budget(192, 576, 32, 2, None, "down") == (576, 166)
+    assert inside_budget(36.1, 576, 32, 2, None, "down") == (576, 1)
+
+
+@given(settings())
+def test_rounded_down_without_stage_1(case):
+    average, present, n_layers, layer, _, wipe = case
+    later = (wipe or n_layers) - layer
+    left = n_layers * average - layer * present
+    assume(average < present and left > 0)
+    got = inside_budget(float(average), present, n_layers, layer, wipe, "down")
+    assert got == (present, max(1, min(present, math.floor(left / later))))
+
+
 def _plain(value):
     return float(value) if isinstance(value, Fraction) else value
 

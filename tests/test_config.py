@@ -24,6 +24,7 @@ VALID = [
     ("final_wipe_layer", [None, 2, 32]),
     ("positions", ["original", "compact"]),
     ("seed", [0, 7, 2**31]),
+    ("rounding", ["up", "down"]),
 ]
 INVALID = [
     ("tokens", [0, -1, *NOT_INTEGERS]),
@@ -36,6 +37,7 @@ INVALID = [
     ("final_wipe_layer", [1, 0, -1, *NOT_INTEGERS]),
     ("positions", ["", "Original", "compacted", None, True, 0]),
     ("seed", [-1, None, *NOT_INTEGERS]),
+    ("rounding", ["", "Up", "floor", None, True, 0]),
 ]
 
 
@@ -67,7 +69,7 @@ def test_defaults():
     config = PruningConfig()
     assert (config.tokens, config.ratio, config.layer, config.stage_ratio) == (None, 2 / 9, None, 3.0)
     assert (config.diversity, config.scorer, config.text_scorer) == (0.1, "auto", "text")
-    assert (config.final_wipe_layer, config.positions, config.seed) == (None, "original", 0)
+    assert (config.final_wipe_layer, config.positions, config.seed, config.rounding) == (None, "original", 0, "up")
 
 
 def test_tokens_or_ratio():
@@ -142,7 +144,7 @@ def test_misspelt_option_says_what_was_meant(given, meant):
 
 
 def test_strange_option_gets_no_suggestion():
-    with pytest.raises(ConfigError, match=r"^unknown option 'quantise_xyz'\. Allowed: tokens, ratio, .*seed$"):
+    with pytest.raises(ConfigError, match=r"^unknown option 'quantise_xyz'\. Allowed: tokens, ratio, .*rounding$"):
         make_config(None, {"quantise_xyz": 1})
 
 

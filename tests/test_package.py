@@ -147,8 +147,13 @@ def test_every_import_is_declared(built):
     declared = {line.partition(">")[0] for line in lines if "extra ==" not in line}
     training = {line.partition(";")[0] for line in lines if 'extra == "train"' in line}
     assert training == {"accelerate", "peft", "pillow"}
+    evaluation = {line.partition(">")[0].partition(";")[0] for line in lines if 'extra == "evaluate"' in line}
+    assert evaluation == {"matplotlib", "scipy"}
     # triton comes with torch's builds for GPUs, and is asked for there only
-    assert imported - set(sys.stdlib_module_names) - {"lp_patch", "accelerate", "peft", "PIL", "triton"} == declared
+    assert (
+        imported - set(sys.stdlib_module_names) - {"lp_patch", "accelerate", "peft", "PIL", "triton", *evaluation}
+        == declared
+    )
 
 
 def test_installed_wheel_runs_the_one_liner(elsewhere):

@@ -1,12 +1,27 @@
 """The catalogue of selection strategies, by name; `config.scorer` and `config.text_scorer` pick.
 
-Stage 1 (`SCORERS`): from encoder features to one score per token, higher is better, or to the tokens to keep.
+Stage 1 (`SCORERS`): from encoder features to one score per token, higher is better, to the tokens to keep, or to the
+weights by which they are mixed into fewer.
 Stage 2 (`TEXT_SCORERS`): whose attention to the visual tokens is the score, or another score of theirs.
 
 One short file each; importing it registers it. `print(catalogue())` lists them with their sources.
 """
 
-from . import baselines, cls, covering, diversity, hiprune, iwp, last, learned, text, vispruner  # noqa: F401  (importing registers)
+from . import (  # noqa: F401  (importing registers)
+    baselines,
+    cls,
+    covering,
+    diversity,
+    hiprune,
+    iwp,
+    last,
+    learned,
+    metacompress,
+    oc_vtp,
+    spread,
+    text,
+    vispruner,
+)
 from .base import (
     SCORERS,
     TEXT_SCORERS,

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, UnsupportedInputError
-from ..pruner import LearnablePruner
+from ..pruner import LearnablePruner, Pruner
 from ..score import received_attention
 
 
 class Reading(NamedTuple):
-    """What a scorer wants to know of the vision encoder: the attention that each token receives, averaged over heads.
+    """What a scorer wants to know of the vision encoder: the attention that each token receives, or the tokens.
 
     Attributes:
-        of: whose attention: "cls", or "all" for the mean over every token, [CLS] included.
-        depth: in which layer, as a share of those up to the one whose output the features are; 1 is that layer.
+        of: whose attention, averaged over heads: "cls", or "all" for the mean over every token, [CLS] included. Or
+            "tokens": the tokens after this layer, normalised as the next one's attention is given them.
+        depth: in which layer, as a share of those up to the one whose output the features are; 1 is that layer, whose
+            tokens are `Stage1Input.features`.
     """
 
     of: str = "cls"
@@ -34,20 +36,20 @@ class Stage1Input:
         features: (B, N, C), the tokens of B equally long visual inputs, as the projector would receive them.
         keep: tokens to choose, ``1 <= keep <= N``; for `Scorer.score` without the share that diversity chooses.
         seed: `PruningConfig.seed`.
-        attention: (B, N) float32 for each of `Scorer.reads`, in their order.
-        pruner: the learned module, for the scorer "learned".
+        attention: for each of `Scorer.reads`, in their order, (B, N) float32, or (B, N, C) for "tokens".
+        pruner: the trained weights, for a scorer that needs any.
     """
 
     features: Tensor
     keep: int
     seed: int
     attention: tuple[Tensor, ...] = ()
-    pruner: LearnablePruner | None = None
+    pruner: Pruner | None = None
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """A stage-1 strategy. With neither `score` nor `select`, farthest points alone choose.
+    """A stage-1 strategy. With none of `score`, `select` and `mix`, farthest points alone choose.
 
     Attributes:
         name: for `PruningConfig.scorer`.
@@ -56,8 +58,12 @@ class Scorer:
             farthest points.
         select: to (B, keep) int64, distinct indices, for a method with a rule of its own: `diversity` does not apply,
             and the trace has no scores.
-        reads: attention of the vision encoder; refused for families without [CLS].
+        mix: to (B, keep, N) float weights, whose rows sum to 1, for a method that merges: each of the `keep` tokens is
+            that mixture of all N. `lp_patch.merging.standing` says where it stands, the trace shows the weights.
+            Refused for families whose projector does not work token by token.
+        reads: attention or tokens of the vision encoder; refused for families without [CLS].
         needs_pruner: whether it needs trained weights.
+        kind: of which kind.
         keeps_all: no stage 1: every layer up to stage 2 runs on all tokens.
     """
 
@@ -65,8 +71,10 @@ class Scorer:
     source: str
     score: Callable[[Stage1Input], Tensor] | None = None
     select: Callable[[Stage1Input], Tensor] | None = None
+    mix: Callable[[Stage1Input], Tensor] | None = None
     reads: tuple[Reading, ...] = ()
     needs_pruner: bool = False
+    kind: str = LearnablePruner.kind
     keeps_all: bool = False
 
 
@@ -157,8 +165,10 @@ def register(strategy: Scorer | TextScorer) -> None:
     known: dict = SCORERS if isinstance(strategy, Scorer) else TEXT_SCORERS
     if strategy.name in (*known, "auto"):
         raise ConfigError(f"the name {strategy.name!r} is taken. Taken: auto, {', '.join(sorted(known))}")
-    if isinstance(strategy, Scorer) and strategy.score is not None and strategy.select is not None:
-        raise ConfigError(f"{strategy.name!r} brings both score and select: give one of the two")
+    if isinstance(strategy, Scorer):
+        given = [name for name in ("score", "select", "mix") if getattr(strategy, name) is not None]
+        if len(given) > 1:
+            raise ConfigError(f"{strategy.name!r} brings both {' and '.join(given)}: give one of them")
     known[strategy.name] = strategy
 
 
@@ -175,10 +185,10 @@ def may_use_pruner(name: str) -> bool:
     return name == "auto" or (name in SCORERS and SCORERS[name].needs_pruner)
 
 
-def resolve_scorer(name: str, pruner: LearnablePruner | None) -> Scorer:
-    """The stage-1 strategy that `name` means; "auto" is "learned" where a pruner is given, else "diversity"."""
+def resolve_scorer(name: str, pruner: Pruner | None) -> Scorer:
+    """The stage-1 strategy that `name` means; "auto" is that of the pruner's kind, "diversity" without one."""
     if name == "auto":
-        name = "learned" if pruner is not None else "diversity"
+        name = pruner.kind if pruner is not None else "diversity"
     if name not in SCORERS:
         raise ConfigError(_unknown(name, "scorer", SCORERS, "text_scorer", TEXT_SCORERS))
     scorer = SCORERS[name]
@@ -186,6 +196,11 @@ def resolve_scorer(name: str, pruner: LearnablePruner | None) -> Scorer:
         raise ConfigError(f'scorer="{name}" needs trained weights: pass pruner=..., or scorer="diversity"')
     if pruner is not None and not scorer.needs_pruner:
         raise ConfigError(f'a pruner was given but scorer="{name}" does not use it: drop one of the two')
+    if pruner is not None and pruner.kind != scorer.kind:
+        raise ConfigError(
+            f'scorer="{name}" reads weights of kind {scorer.kind!r}, the pruner is of kind {pruner.kind!r} '
+            f'({type(pruner).__name__}): pass scorer="{pruner.kind}", or another pruner'
+        )
     return scorer
 
 

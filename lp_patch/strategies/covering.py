@@ -2,13 +2,14 @@
 
 from torch import Tensor
 
+from ..pruner import LearnablePruner
 from ..select import covering_points
 from .base import Scorer, Stage1Input, register
 
 
 def select(x: Stage1Input) -> Tensor:
     """(B, keep)."""
-    assert x.pruner is not None  # `resolve_scorer` refuses the combination
+    assert isinstance(x.pruner, LearnablePruner)  # `resolve_scorer` refuses the combination
     return covering_points(x.features, x.pruner.score(x.features), x.keep)
 
 

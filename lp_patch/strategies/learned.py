@@ -2,12 +2,13 @@
 
 from torch import Tensor
 
+from ..pruner import LearnablePruner
 from .base import Scorer, Stage1Input, register
 
 
 def score(x: Stage1Input) -> Tensor:
     """(B, N) keep probability."""
-    assert x.pruner is not None  # `resolve_scorer` refuses the combination
+    assert isinstance(x.pruner, LearnablePruner)  # `resolve_scorer` refuses the combination
     return x.pruner.score(x.features)
 
 

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..attention import KEY, Attended, check_tappable, install_tap
 from ..compat import cache_in, checkpoint_layers
-from ..errors import ConfigError, UnsupportedInputError, UnsupportedModelError
+from ..errors import ConfigError, PrunerError, UnsupportedInputError, UnsupportedModelError
 from ..install import Installation, forget_compiled
 from ..pruner import LearnablePruner, resolve_pruner
 from ..read import Chosen, Reader, State, chosen_of
@@ -220,7 +220,10 @@ class GatedModel(nn.Module):
         if objective == "distill" and parts.adapter.merge is not None:
             raise ConfigError(f'{parts.adapter.family} grows its prompts, so labels do not lie on logits: use "ntp"')
         self.model = model
-        self.pruner = resolve_pruner(pruner, parts.width, parts.model.config) or new_pruner(parts.width)
+        found = resolve_pruner(pruner, parts.width, parts.model.config) or new_pruner(parts.width)
+        if not isinstance(found, LearnablePruner):
+            raise PrunerError(f"a gate is a LearnablePruner's, got {type(found).__name__}, weights of {found.kind!r}")
+        self.pruner = found
         self.objective, self.weight, self.tau = objective, weight, tau
         self.config = parts.model.config
         self._gate = Gate(parts, self.pruner, difference)

@@ -1,0 +1,207 @@
+"""The command ``lp-patch``: each subcommand is a thin layer over one call of the library."""
+
+import argparse
+import dataclasses
+import sys
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from .check import check
+from .config import PruningConfig
+from .errors import LpPatchError
+from .loading import QUESTION, ask, load, skeleton
+from .patch import applied, apply
+
+EPILOG = "MODEL is a folder or a Hub id. lp-patch COMMAND --help describes each command."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status, 1 where `check` finds that the model does not fit."""
+    parser = argparse.ArgumentParser(prog="lp-patch", description="Visual-token pruning.", epilog=EPILOG)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_check, _add_bench, _add_show, _add_train):
+        add(commands)
+    given = parser.parse_args(arguments)
+    try:
+        return given.run(given)
+    except LpPatchError as error:
+        print(f"lp-patch: {error}", file=sys.stderr)
+        return 1
+
+
+def _command(commands: Any, run: Any, text: str) -> argparse.ArgumentParser:
+    """A subcommand, called like its function, that takes a model."""
+    added = commands.add_parser(run.__name__.strip("_"), help=text.split(":")[0], description=text)
+    added.set_defaults(run=run)
+    added.add_argument("model", metavar="MODEL", help="checkpoint: a folder or a Hub id")
+    return added
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    """The options of `apply`; what is not given stays what the library has as its default."""
+    kinds = get_type_hints(PruningConfig)
+    group = parser.add_argument_group("pruning", "options of lp_patch.apply; see docs or help(lp_patch.PruningConfig)")
+    for field in dataclasses.fields(PruningConfig):
+        shown = "" if field.default is None else f"default: {field.default}"
+        group.add_argument(_flag(field.name), type=_plain(kinds[field.name]), default=argparse.SUPPRESS, help=shown)
+    group.add_argument("--pruner", default=argparse.SUPPRESS, help="trained stage-1 weights: a folder or a Hub id")
+
+
+def _options(given: argparse.Namespace) -> dict[str, Any]:
+    names = [*(field.name for field in dataclasses.fields(PruningConfig)), "pruner"]
+    return {name: getattr(given, name) for name in names if hasattr(given, name)}
+
+
+def _add_check(commands: Any) -> None:
+    added = _command(
+        commands,
+        _check,
+        "does a model fit, and where would it be cut: tried on a tiny twin of its config, no weights are loaded. Exit "
+        "status 1 if it does not fit.",
+    )
+    added.add_argument("--visual-tokens", type=int, default=576, help="of the picture counted for (%(default)s)")
+    _add_options(added)
+
+
+def _check(given: argparse.Namespace) -> int:
+    model = skeleton(given.model)
+    found = check(model)
+    print(found)
+    if not found.ok:
+        return 1
+    patch = apply(model, **_options(given))
+    budget, n_layers, layer = patch.budget(given.visual_tokens), *patch.cuts
+    print(
+        f"\n{patch}\nof {given.visual_tokens} visual tokens: {budget.stage1} in decoder layers 1 to {layer}, "
+        f"{budget.stage2} in {layer + 1} to {n_layers}"
+    )
+    return 0
+
+
+def _add_bench(commands: Any) -> None:
+    added = _command(
+        commands,
+        _bench,
+        "what pruning gains here: stock, patched, and a smaller picture of as many tokens, in turn on this machine.",
+    )
+    added.add_argument("--image", type=Path, help="the picture (default: noise of 672 x 504 pixels)")
+    added.add_argument("--question", default=QUESTION, help="(%(default)s)")
+    added.add_argument("--runs", type=int, default=5, help="turns that count (%(default)s)")
+    added.add_argument("--new-tokens", type=int, default=16, help="of each answer (%(default)s)")
+    added.add_argument("--csv", type=Path, help="write the table to this file")
+    _add_machine(added)
+    _add_options(added)
+
+
+def _bench(given: argparse.Namespace) -> int:
+    from .bench import bench
+
+    model, processor = load(given.model, given.device, given.dtype)
+    picture = _noise() if given.image is None else _open(given.image)
+    measured = bench(
+        model,
+        processor,
+        picture,
+        given.question,
+        runs=given.runs,
+        new_tokens=given.new_tokens,
+        options=_options(given),
+    )
+    print(measured)
+    if given.csv is not None:
+        measured.save(given.csv)
+        print(f"wrote {given.csv}")
+    return 0
+
+
+def _add_show(commands: Any) -> None:
+    added = _command(commands, _show, "draw what was kept of a picture for a question: Patch.show.")
+    added.add_argument("picture", type=Path, metavar="PICTURE")
+    added.add_argument("question", metavar="QUESTION")
+    added.add_argument("output", type=Path, metavar="OUT.png")
+    added.add_argument("--new-tokens", type=int, default=64, help="of the answer, at most (%(default)s)")
+    _add_machine(added)
+    _add_options(added)
+
+
+def _show(given: argparse.Namespace) -> int:
+    model, processor = load(given.model, given.device, given.dtype)
+    picture = _open(given.picture)
+    inputs = ask(processor, picture, given.question).to(model.device, model.dtype)
+    with applied(model, **_options(given)) as patch:
+        output = model.generate(**inputs, max_new_tokens=given.new_tokens, do_sample=False)
+        answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        patch.show(picture, processor=processor, title=f"{given.question}  {answer}", path=given.output)
+        print(f"{answer}\n\n{patch.report()}\nwrote {given.output}")
+    return 0
+
+
+def _add_train(commands: Any) -> None:
+    from .training.run import TrainingRun
+
+    added = _command(
+        commands,
+        _train,
+        "train a pruner on conversations in LLaVA's format: the folder it writes is what apply(model, pruner=...) "
+        'takes. Needs the extra "train". Interrupted, the same command goes on from its last checkpoint.',
+    )
+    added.add_argument("data", type=Path, metavar="DATA", help="JSON file in LLaVA's conversation format")
+    added.add_argument("--output", type=Path, required=True, help="folder for the pruner; checkpoints go below it")
+    kinds = get_type_hints(TrainingRun)
+    for field in dataclasses.fields(TrainingRun):
+        if field.name in ("model", "data", "output"):
+            continue
+        kind, text = kinds[field.name], field.metadata["help"]
+        if kind is bool:
+            added.add_argument(_flag(field.name), action="store_true", help=text)
+        elif get_origin(kind) is Literal:
+            shown = f"{text} ({field.default})"
+            added.add_argument(_flag(field.name), choices=get_args(kind), default=field.default, help=shown)
+        else:
+            shown = text if field.default is None else f"{text} ({field.default})"
+            added.add_argument(_flag(field.name), type=_plain(kind), default=field.default, help=shown)
+
+
+def _train(given: argparse.Namespace) -> int:
+    from .training.run import TrainingRun, train
+
+    train(TrainingRun(**{field.name: getattr(given, field.name) for field in dataclasses.fields(TrainingRun)}))
+    return 0
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="as torch names it (default: a GPU if there is one)")
+    parser.add_argument("--dtype", default="auto", help="as torch names it (default: the checkpoint's)")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _plain(kind: Any) -> Any:
+    """The type of an optional one."""
+    if get_origin(kind) in (Union, types.UnionType):
+        (kind,) = [x for x in get_args(kind) if x is not type(None)]
+    return kind
+
+
+def _open(path: Path) -> Any:
+    from .show import need
+
+    need("PIL")
+    from PIL import Image
+
+    return Image.open(path).convert("RGB")
+
+
+def _noise() -> Any:
+    import numpy as np
+
+    from .show import need
+
+    need("PIL")
+    from PIL import Image
+
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (504, 672, 3), dtype=np.uint8))
