@@ -9,7 +9,8 @@ Both run the unpatched model once. Plots need the extra "show". LearnPruner (arX
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,7 +21,10 @@ from .install import Installation
 from .patch import is_applied
 from .registry import FULL, Parts, find_parts
 from .score import received_attention
-from .show import need
+from .show import need, rendered
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 TEXT, LAST, EVERY = "text", "last", "every"  # who asks: all text after the last picture, the last token, every token
 
@@ -50,17 +54,17 @@ class Look:
         """(L, B): the share of the attention that goes to visual tokens, in each layer."""
         return (self.received[asker] * self.visual).sum(dim=2)
 
-    def plot_layers(self, path: str | None = None) -> Any:
-        """Attention to visual tokens by layer, one line for each who asks; a matplotlib figure."""
+    def plot_layers(self, path: str | Path | None = None) -> "Image":
+        """Attention to visual tokens by layer, one line for each who asks; a PIL image."""
         figure, axes = _figure("decoder layer", "share of attention on visual tokens")
         for asker in self.received:
             axes.plot(self.layers, self.share(asker).mean(dim=1).tolist(), marker="o", markersize=3, label=asker)
         axes.set_ylim(bottom=0)
         axes.legend(frameon=False)
-        return _done(figure, path)
+        return rendered(figure, path)
 
-    def plot_positions(self, layer: int, asker: str = TEXT, path: str | None = None) -> Any:
-        """Attention by position in prompt 0, visual tokens and text apart, in one layer; a matplotlib figure."""
+    def plot_positions(self, layer: int, asker: str = TEXT, path: str | Path | None = None) -> "Image":
+        """Attention by position in prompt 0, visual tokens and text apart, in one layer; a PIL image."""
         figure, axes = _figure("position in the prompt", f"attention received in layer {layer}")
         received, real = self.received[asker][self._number(layer), 0], self.real[0]
         for name, mask in (("visual", self.visual[0]), ("text", real & ~self.visual[0])):
@@ -68,15 +72,15 @@ class Look:
             axes.scatter(where.tolist(), received[where].tolist(), s=4, label=name)
         axes.set_yscale("log")
         axes.legend(frameon=False)
-        return _done(figure, path)
+        return rendered(figure, path)
 
-    def plot_words(self, processor: Any, layer: int, path: str | None = None) -> Any:
-        """What each word of prompt 0 gives to its visual tokens, in their order, in one layer; a matplotlib figure."""
+    def plot_words(self, processor: Any, layer: int, path: str | Path | None = None) -> "Image":
+        """What each word of prompt 0 gives to its visual tokens, in their order, in one layer; a PIL image."""
         figure, axes = _figure("visual token", "")
         axes.imshow(self.maps[self._number(layer)].sqrt().numpy(), aspect="auto", interpolation="nearest")
         tokenizer = getattr(processor, "tokenizer", processor)
         axes.set_yticks(range(len(self.words)), [tokenizer.decode([x]) for x in self.words])
-        return _done(figure, path)
+        return rendered(figure, path)
 
     def _number(self, layer: int) -> int:
         if layer not in self.layers:
@@ -193,9 +197,3 @@ def _figure(x: str, y: str) -> tuple[Any, Any]:
     axes.set_ylabel(y)
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def _done(figure: Any, path: str | None) -> Any:
-    if path is not None:
-        figure.savefig(path)
-    return figure

@@ -179,9 +179,7 @@ def draw(grid: Sequence[Sequence[Panel]], title: str = "", path: str | Path | No
     """Rows of panels as one picture; also written to `path`, if given."""
     need("matplotlib")
     need("PIL")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image
 
     side, gap, head, line = 1.9, 0.16, 0.30, 0.15  # inches
     columns = max(len(row) for row in grid)
@@ -191,7 +189,6 @@ def draw(grid: Sequence[Sequence[Panel]], title: str = "", path: str | Path | No
     above = 0.2 if title else 0.0
     width, height = columns * (side + gap) + gap, sum(heights) + sum(feet) + head * len(grid) + gap + above
     figure = Figure(figsize=(width, height), dpi=200, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
     if title:
         figure.text(gap / width, 1 - 0.10 / height, title, va="top", fontsize=9, color=INK)
     top = height - above
@@ -208,11 +205,20 @@ def draw(grid: Sequence[Sequence[Panel]], title: str = "", path: str | Path | No
             for i, text in enumerate(captions[column]):
                 figure.text(left / width, (top - tall - 0.06 - i * line) / height, text, fontsize=7.5, va="top")
         top -= tall + foot
+    return rendered(figure, path)
+
+
+def rendered(figure: Any, path: str | Path | None = None) -> "Image":
+    """A matplotlib figure as a PIL image, which notebooks display; also written to `path`, if given."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        image.save(path, dpi=(200, 200))
+        image.save(path, dpi=(figure.dpi, figure.dpi))
     return image
 
 
