@@ -11,6 +11,7 @@ PUBLISHED = (
     "LICENSE",
     "CITATION.cff",
     "docs/*.md",
+    "examples/*.ipynb",
     "examples/results/*",
     "examples/testbed/*.md",
     "examples/testbed/*.png",

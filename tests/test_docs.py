@@ -9,7 +9,9 @@ import runpy
 import shlex
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,16 +19,24 @@ from PIL import Image
 from tiny import batch, images, tiny_llava, tokens
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-import lp_patch
+import lp_patch.strategies
+import lp_patch.training
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {x.relative_to(ROOT).as_posix(): x.read_text() for x in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))}
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 # pages whose snippets need more than a model and its inputs: the test file that runs them
-ELSEWHERE = {"docs/calibrate.md": "tests/test_calibrate.py", "docs/vllm.md": "tests/serving/test_vllm_testbed.py"}
+ELSEWHERE = {
+    "docs/calibrate.md": "tests/test_calibrate.py",
+    "docs/neighbours.md": "tests/test_neighbours.py",
+    "docs/pictures.md": "tests/test_pages.py",
+}
 # written beside this one; empty it once they are here
-TO_COME = {"calibrate.md", "command_line.md", "harness.md", "neighbours.md", "pictures.md", "text_scores.md", "vllm.md"}
-TO_COME = {name for name in (*TO_COME, "CITATION.cff") if f"docs/{name}" not in PAGES and not (ROOT / name).exists()}
+PLACES = {
+    "docs": ["command_line.md", "harness.md", "neighbours.md", "pictures.md", "text_scores.md"],
+    "examples/results": ["benchmark_vllm.csv", "benchmark_vllm.png"],
+}
+TO_COME = {name for folder, names in PLACES.items() for name in names if not (ROOT / folder / name).exists()}
 
 
 def blocks(text, language):
@@ -50,7 +60,10 @@ def conversation():
 
 
 @pytest.mark.parametrize("code", here())
-def test_snippets(code, capsys):
+def test_snippets(code, capsys, monkeypatch):
+    """vLLM is stood in for: tests/serving asks it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda model, hf_overrides: print(hf_overrides)))
     model = tiny_llava(dtype=torch.float32)
     names = {"model": model, "inputs": batch([tokens(3, "image", 9)], images(1, dtype=torch.float32))}
     if "processor" in code:
@@ -62,9 +75,9 @@ def test_snippets(code, capsys):
     assert not lp_patch.is_applied(model)
 
 
-@pytest.mark.parametrize("page", [page for page in ELSEWHERE if page in PAGES])
-def test_snippets_elsewhere_are_run_there(page):
-    assert Path(page).name in (ROOT / ELSEWHERE[page]).read_text()
+def test_snippets_elsewhere_are_run_there():
+    for page in ELSEWHERE.keys() & PAGES:
+        assert Path(page).name in (ROOT / ELSEWHERE[page]).read_text(), page
 
 
 def test_tables_are_those_of_the_files(monkeypatch):
@@ -107,7 +120,7 @@ def test_files_and_targets_exist(page):
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in re.findall(r"`((?:examples|tests|adapters|lp_patch)/[\w/.-]+)`", text):
-        assert (ROOT / path).exists(), path
+        assert Path(path).name in TO_COME or (ROOT / path).exists(), path
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert Path(link).name in TO_COME or (ROOT / page).parent.joinpath(link).exists(), link
 
@@ -126,7 +139,8 @@ def commands():
     for page, text in {**PAGES, "CONTRIBUTING.md": CONTRIBUTING}.items():
         for block in blocks(text, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
-                if words := shlex.split(line, comments=True):
+                words = [x for x in shlex.split(line, comments=True) if not re.match(r"[A-Z]+=", x)]
+                if words:
                     yield pytest.param(words, id=f"{Path(page).stem}: {shlex.join(words)[:60]}")
 
 
@@ -139,6 +153,7 @@ def extras():
 @pytest.mark.parametrize("words", list(commands()))
 def test_commands(words, capsys, monkeypatch):
     """Each command is one that we know, and what it names exists: targets, extras, scripts and their flags."""
+    monkeypatch.chdir(ROOT)
     program, *rest = words
     flags = {word.partition("=")[0] for word in rest if word.startswith("--")}
     if program == "make":
@@ -153,19 +168,20 @@ def test_commands(words, capsys, monkeypatch):
     elif program == "python" and rest[0].endswith(".py"):
         assert (ROOT / rest[0]).exists(), rest[0]
         if flags:
-            monkeypatch.syspath_prepend((ROOT / rest[0]).parent)
-            assert flags <= helped([str(ROOT / rest[0])], capsys, monkeypatch)
+            assert flags <= helped(rest, capsys, monkeypatch)
     elif program == "lp-patch":
-        assert flags <= helped([program, rest[0]], capsys, monkeypatch)
+        assert flags <= helped(["lp_patch/__main__.py", *rest], capsys, monkeypatch)
     else:
         raise AssertionError(f"a command that this test does not know: {shlex.join(words)}")
 
 
-def helped(start, capsys, monkeypatch):
-    """The flags that a script, or a subcommand of lp-patch, names when asked for help."""
+def helped(words, capsys, monkeypatch):
+    """The flags that a script, or the subcommand of it that these words begin with, names when asked for help."""
+    start = list(takewhile(lambda word: not word.startswith("-"), words))
     monkeypatch.setattr(sys, "argv", [*start, "--help"])
+    monkeypatch.syspath_prepend((ROOT / start[0]).parent)
     with pytest.raises(SystemExit) as stop:
-        if start[0] == "lp-patch":
+        if start[0].startswith("lp_patch"):
             runpy.run_module("lp_patch", run_name="__main__")
         else:
             runpy.run_path(start[0], run_name="__main__")
@@ -228,15 +244,16 @@ def test_tables_and_pictures_of_a_page_are_those_of_the_site(site):
         assert html.count("<table>") == len(re.findall(r"^\|[-|: ]+\|$", prose, re.MULTILINE)), page
         assert html.count("<img alt") == len(re.findall(r"!\[", prose)), page
         for source in re.findall(r'<img [^>]*src="([^"]+)"', html):
-            assert (folder / name / source).resolve().is_file(), (page, source)
+            found = (folder / name / source).resolve()
+            assert found.name in TO_COME or found.is_file(), (page, source)
 
 
 def test_every_public_name_is_on_the_page_of_the_api(site):
     folder, _ = site
     html = (folder / "docs" / "api" / "index.html").read_text()
     shown = {name.rpartition(".")[2] for name in re.findall(r'id="(lp_patch[\w.]+)"', html)}
-    assert set(lp_patch.__all__) - {"__version__"} <= shown
-    assert set(lp_patch.training.__all__) | set(lp_patch.strategies.__all__) <= shown
+    for module in (lp_patch, lp_patch.strategies, lp_patch.training):
+        assert {name for name in module.__all__ if callable(getattr(module, name))} <= shown
 
 
 def test_every_cell_of_the_tables_is_a_test():
