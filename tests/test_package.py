@@ -155,8 +155,8 @@ def test_every_import_is_declared(built):
     evaluation = {line.partition(">")[0].partition(";")[0] for line in lines if 'extra == "evaluate"' in line}
     assert evaluation == {"matplotlib", "scipy"}
     extras = {"accelerate", "peft", "PIL", *evaluation}
-    # triton comes with torch's builds for GPUs, and is asked for there only; lmms-eval and vLLM import what is theirs, and
-    # nobody else does; type checkers alone ask for typing_extensions
+    # triton comes with torch's builds for GPUs, and is asked for there only; lmms-eval and vLLM import what is
+    # theirs, and nobody else does; type checkers alone ask for typing_extensions
     others = {"lp_patch", "triton", "lmms_eval", "vllm", "typing_extensions"}
     assert imported - set(sys.stdlib_module_names) - extras - others == declared
 
