@@ -51,6 +51,7 @@ ORDER = (
     "covering",
     "learned",
 )
+NEIGHBOURS = ("oc-vtp", "metacompress")
 DIVERSITIES = (0.0, 0.1, 0.2, 0.5, 1.0)
 TENTH = 0.1  # the library's default share of diversity
 DRAWS = 10_000
@@ -518,6 +519,28 @@ def large_tables(results: Results) -> str:
     return "\n".join([*lines, *_sweeps(results, SPLITS[0])]).rstrip()
 
 
+def neighbour_tables(results: Results) -> str:
+    """OC-VTP and MetaCompress, and what they are better and worse than, for docs/neighbours.md."""
+    split, budgets = SPLITS[0], (64, 32, 16)
+    columns = [(t, mode, title) for t in budgets for mode, title in results.modes]
+    own = [base(name, "learned") for name in NEIGHBOURS]
+    others = [base("diversity"), spread_cls(), base("learned", "learned"), base("covering", "learned")]
+    found = [(x.method, [results.text(split, replace(x, tokens=t, **m)) for t, m, _ in columns]) for x in own + others]
+    heads = [f"{t}, {title}" for t, _, title in columns]
+    lines = [full_line(results), "", LEGEND, "", *grid("tokens", heads, found)]
+    pairs = [(x, y) for x in own for y in others] + [(own[1], own[0])]
+    gaps = []
+    for x, y in pairs:
+        cells = []
+        for t, mode, _ in columns:
+            a, b = (results.answers(split, replace(z, tokens=t, **mode)) for z in (x, y))
+            values = None if a is None or b is None else [100 * value for value in difference(a, b)]
+            cells.append("{:+.1f} ({:+.1f} to {:+.1f})".format(*values) if values else "-")
+        gaps.append((f"{x.method} - {y.method}", cells))
+    text = "Differences in points on the same questions, with their 95 % intervals:"
+    return "\n".join([*lines, text, "", *grid("points", heads, gaps)]).rstrip()
+
+
 # ---------------------------------------------------------------------- plot
 
 # Okabe and Ito's colours, which colour-blind people tell apart; shapes tell the two of a colour apart
@@ -573,7 +596,7 @@ def plot(results: Results, path: Path) -> None:
     panels[0].set(ylabel="% of the accuracy with all tokens", ylim=(lowest - 2, 104))
     handles, labels = max((panel.get_legend_handles_labels() for panel in panels), key=lambda x: len(x[1]))
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // 2))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -598,13 +621,18 @@ STUDIES = {
     "model": Study(
         RESULTS,
         LAYERS,
-        {"tables": lambda results: f"{LEGEND}\n\n{testbed_tables(results)}", "retention": readme_table},
+        {
+            "tables": lambda results: f"{LEGEND}\n\n{testbed_tables(results)}",
+            "retention": readme_table,
+            "neighbours": neighbour_tables,
+        },
     ),
     "healed": Study(RESULTS.with_name("evaluation_healed.csv"), LAYERS, {"healed": short}),
     "smollm": Study(RESULTS.with_name("evaluation_smollm.csv"), 30, {"smollm tables": large_tables, "smollm": short}),
     "smollm healed": Study(RESULTS.with_name("evaluation_smollm_healed.csv"), 30, {"smollm healed": short}),
 }
-PAGES = (TESTBED / "README.md", EXAMPLES.parent / "docs" / "accuracy.md")
+DOCS = EXAMPLES.parent / "docs"
+PAGES = (TESTBED / "README.md", DOCS / "accuracy.md", DOCS / "neighbours.md")
 
 
 def between(text: str, name: str, make: Callable[[], str]) -> str:

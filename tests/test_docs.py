@@ -77,7 +77,7 @@ def test_snippets(code, capsys, monkeypatch):
 
 def test_snippets_elsewhere_are_run_there():
     for page in ELSEWHERE.keys() & PAGES:
-        assert Path(page).name in (ROOT / ELSEWHERE[page]).read_text(), page
+        assert Path(page).stem in (ROOT / ELSEWHERE[page]).read_text(), page
 
 
 def test_tables_are_those_of_the_files(monkeypatch):

@@ -2,18 +2,21 @@
 
 import copy
 import math
+import re
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from test_lifecycle import inputs_for, snapshot
 from test_strategies import best, vision_maps
 from test_towers import pictures, pixtral
 from tiny import IMAGE, LAYERS, V5, VOCAB, WIDTH, N, batch, images, pre_encodes, tiny_llava, tokens
 from tiny_qwen import tiny_qwen
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import AutoProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import lp_patch
 from lp_patch import ConfigError, LearnablePruner, PrunerError, UnsupportedInputError, strategies
@@ -29,6 +32,7 @@ from lp_patch.training.slots import area_weighted_error
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
+ROOT = Path(__file__).resolve().parents[1]
 SIDE = math.isqrt(N)
 
 
@@ -719,3 +723,23 @@ def test_what_cannot_be_trained_is_refused():
     training = MergingTraining(model.requires_grad_(False), merging())
     with pytest.raises(UnsupportedInputError, match="no picture of this batch has more than 36 tokens"):
         training(tokens=N, **lesson(model))
+
+
+# ---------------------------------------------------------------- docs/neighbours.md
+
+
+@pytest.mark.parametrize(
+    "code", re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "neighbours.md").read_text(), re.DOTALL)
+)
+def test_snippets_of_the_document(code, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    folder = ROOT / "examples" / "testbed" / "model"
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    model.name_or_path = model.config._name_or_path = "examples/testbed/model"  # as the weights' own note has it
+    processor = AutoProcessor.from_pretrained(folder)
+    picture = Image.open(ROOT / "examples" / "testbed" / "demo.png").convert("RGB")
+    inputs = processor(images=picture, text="USER: <image>\nWhere is the sign? ASSISTANT:", return_tensors="pt")
+    exec(code, {"model": model, "inputs": inputs})
+    out = capsys.readouterr().out
+    assert "stage 1 merged" in out
+    assert not lp_patch.is_applied(model)
