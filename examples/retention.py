@@ -525,9 +525,10 @@ def neighbour_tables(results: Results) -> str:
     columns = [(t, mode, title) for t in budgets for mode, title in results.modes]
     own = [base(name, "learned") for name in NEIGHBOURS]
     others = [base("diversity"), spread_cls(), base("learned", "learned"), base("covering", "learned")]
-    found = [(x.method, [results.text(split, replace(x, tokens=t, **m)) for t, m, _ in columns]) for x in own + others]
+    rows = [(x.method, [replace(x, tokens=t, **m) for t, m, _ in columns]) for x in own + others]
+    found = _with_spent(results, split, rows, results.text)
     heads = [f"{t}, {title}" for t, _, title in columns]
-    lines = [full_line(results), "", LEGEND, "", *grid("tokens", heads, found)]
+    lines = [full_line(results), "", LEGEND, "", *grid("budget", heads, found)]
     pairs = [(x, y) for x in own for y in others] + [(own[1], own[0])]
     gaps = []
     for x, y in pairs:
@@ -631,8 +632,7 @@ STUDIES = {
     "smollm": Study(RESULTS.with_name("evaluation_smollm.csv"), 30, {"smollm tables": large_tables, "smollm": short}),
     "smollm healed": Study(RESULTS.with_name("evaluation_smollm_healed.csv"), 30, {"smollm healed": short}),
 }
-DOCS = EXAMPLES.parent / "docs"
-PAGES = (TESTBED / "README.md", DOCS / "accuracy.md", DOCS / "neighbours.md")
+PAGES = (TESTBED / "README.md", *(EXAMPLES.parent / "docs" / name for name in ("accuracy.md", "neighbours.md")))
 
 
 def between(text: str, name: str, make: Callable[[], str]) -> str:

@@ -14,7 +14,14 @@ from ._version import __version__
 from .calibrate import Calibration, calibrate
 from .check import Checks, check
 from .config import PruningConfig
-from .errors import ConfigError, LpPatchError, PrunerError, UnsupportedInputError, UnsupportedModelError
+from .errors import (
+    ConfigError,
+    LpPatchError,
+    MissingExtraError,
+    PrunerError,
+    UnsupportedInputError,
+    UnsupportedModelError,
+)
 from .evaluate import Evaluation, evaluate
 from .patch import Patch, applied, apply, is_applied, remove
 from .pruner import LearnablePruner
@@ -30,6 +37,7 @@ __all__ = [
     "Evaluation",
     "LearnablePruner",
     "LpPatchError",
+    "MissingExtraError",
     "Patch",
     "PrunerError",
     "PruningConfig",

@@ -4,7 +4,8 @@ LpPatchError
 ├── ConfigError (ValueError)            an option, or a pair of options, is wrong
 ├── UnsupportedModelError (TypeError)   no adapter fits this model, or its internals moved
 ├── UnsupportedInputError (ValueError)  this call cannot be pruned correctly, so it is refused
-└── PrunerError (ValueError)            pruner weights are missing, damaged or do not fit
+├── PrunerError (ValueError)            pruner weights are missing, damaged or do not fit
+└── MissingExtraError (ImportError)     what was asked for needs a package of an optional extra
 """
 
 
@@ -26,3 +27,7 @@ class UnsupportedInputError(LpPatchError, ValueError):
 
 class PrunerError(LpPatchError, ValueError):
     """Pruner weights are missing, damaged, or made for another width."""
+
+
+class MissingExtraError(LpPatchError, ImportError):
+    """A package of an optional extra is not installed."""

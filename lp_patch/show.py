@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .errors import LpPatchError, UnsupportedInputError, UnsupportedModelError
+from .errors import MissingExtraError, UnsupportedInputError, UnsupportedModelError
 from .locate import Located, frame_array, frames_of, locate, shapes_of
 from .registry import Parts
 from .trace import Record
@@ -43,10 +43,6 @@ class Panel:
     values: np.ndarray | None = None
     colour: str = INK
     captions: tuple[str, ...] = field(default=())
-
-
-class MissingExtraError(LpPatchError, ImportError):
-    """A package of an optional extra is not installed."""
 
 
 def need(package: str, extra: str = "show") -> None:
@@ -178,7 +174,6 @@ def _shrunk(picture: np.ndarray) -> np.ndarray:
 def draw(grid: Sequence[Sequence[Panel]], title: str = "", path: str | Path | None = None) -> "Image":
     """Rows of panels as one picture; also written to `path`, if given."""
     need("matplotlib")
-    need("PIL")
     from matplotlib.figure import Figure
 
     side, gap, head, line = 1.9, 0.16, 0.30, 0.15  # inches
@@ -210,6 +205,7 @@ def draw(grid: Sequence[Sequence[Panel]], title: str = "", path: str | Path | No
 
 def rendered(figure: Any, path: str | Path | None = None) -> "Image":
     """A matplotlib figure as a PIL image, which notebooks display; also written to `path`, if given."""
+    need("PIL")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 

@@ -1,13 +1,16 @@
 """Every option's valid and invalid values, and how a config and options combine."""
 
 import dataclasses
+import inspect
 import math
 from types import MappingProxyType
+from typing import get_type_hints
 
 import pytest
 
+import lp_patch
 from lp_patch import ConfigError, PruningConfig
-from lp_patch.config import make_config
+from lp_patch.config import Options, make_config
 
 NAN, INF = math.nan, math.inf
 NOT_INTEGERS = [True, False, 2.0, 2.5, "2", NAN, INF, [2], 1 + 0j]
@@ -168,3 +171,13 @@ def test_a_dict_is_a_config(mapping):
         make_config(mapping({64: "tokens"}), {})
     with pytest.raises(ConfigError, match="tokens must be an int >= 1, got 0"):
         make_config(mapping({"tokens": 0}), {})
+
+
+def test_options_are_in_the_signatures():
+    """For editors, which read them there; type checkers read `Options`."""
+    for function in (lp_patch.apply, lp_patch.applied):
+        parameters = inspect.signature(function).parameters
+        for field in dataclasses.fields(PruningConfig):
+            assert parameters[field.name].default == field.default
+            assert parameters[field.name].kind is inspect.Parameter.KEYWORD_ONLY
+    assert get_type_hints(Options) == get_type_hints(PruningConfig)

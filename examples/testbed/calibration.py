@@ -171,19 +171,21 @@ def evaluate(
     for start in range(0, len(prompts), BLOCK):
         path, some = scratch / f"{start:04d}.pt", prompts[start : start + BLOCK]
         labels = [x["answer"] for x in setup.asked[start * BATCH : (start + BLOCK) * BATCH]]
-        if not path.exists():
+        done = pickle.loads(path.read_bytes()) if path.exists() else {}
+        missing = {name: asked[name] for name in first.values() if name not in done}
+        if missing:
             result = lp_patch.evaluate(
                 setup.model,
                 some,
-                {name: asked[name] for name in dict.fromkeys(first.values())},
+                missing,
                 labels=labels,
                 decode=lambda ids: words.decode(ids, skip_special_tokens=True),
                 max_new_tokens=3,
             )
-            path.write_bytes(pickle.dumps(result))
-        result = pickle.loads(path.read_bytes())
+            done |= {x.name: x for x in result.outcomes}
+            path.write_bytes(pickle.dumps(done))
         for name in ("full", *asked):
-            found.setdefault(name, []).append(result[first.get(name, name)])
+            found.setdefault(name, []).append(done[first.get(name, name)])
         outcomes = [
             Outcome(name, parts[0].settings, *(np.concatenate([getattr(x, y) for x in parts]) for y in MEASURED))
             for name, parts in found.items()

@@ -105,7 +105,7 @@ class LpPatchLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGener
         )
         asking = query[:, :, :1] if reading.of == "cls" else query
         weight = torch.full((len(asking), asking.shape[2]), 1 / asking.shape[2], device=asking.device)
-        received = received_attention(asking, key, weight, attention.scale, causal=False)[:, 1:]
+        received = received_attention(asking, key, weight, attention.scale, causal=False)[:, 1:].contiguous()
         if attention.tp_size > 1:  # each process has some of the heads
             received = tensor_model_parallel_all_reduce(received) / attention.tp_size
         self.seen[reading] = received
