@@ -525,9 +525,10 @@ def neighbour_tables(results: Results) -> str:
     columns = [(t, mode, title) for t in budgets for mode, title in results.modes]
     own = [base(name, "learned") for name in NEIGHBOURS]
     others = [base("diversity"), spread_cls(), base("learned", "learned"), base("covering", "learned")]
-    found = [(x.method, [results.text(split, replace(x, tokens=t, **m)) for t, m, _ in columns]) for x in own + others]
+    rows = [(x.method, [replace(x, tokens=t, **m) for t, m, _ in columns]) for x in own + others]
+    found = _with_spent(results, split, rows, results.text)
     heads = [f"{t}, {title}" for t, _, title in columns]
-    lines = [full_line(results), "", LEGEND, "", *grid("tokens", heads, found)]
+    lines = [full_line(results), "", LEGEND, "", *grid("budget", heads, found)]
     pairs = [(x, y) for x in own for y in others] + [(own[1], own[0])]
     gaps = []
     for x, y in pairs:
@@ -596,7 +597,7 @@ def plot(results: Results, path: Path) -> None:
     panels[0].set(ylabel="% of the accuracy with all tokens", ylim=(lowest - 2, 104))
     handles, labels = max((panel.get_legend_handles_labels() for panel in panels), key=lambda x: len(x[1]))
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+        figure.legend(handles, labels, loc="outside lower center", ncols=-(-len(labels) // 2))
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

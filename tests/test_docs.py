@@ -77,7 +77,7 @@ def test_snippets(code, capsys, monkeypatch):
 
 def test_snippets_elsewhere_are_run_there():
     for page in ELSEWHERE.keys() & PAGES:
-        assert Path(page).name in (ROOT / ELSEWHERE[page]).read_text(), page
+        assert Path(page).stem in (ROOT / ELSEWHERE[page]).read_text(), page
 
 
 def test_tables_are_those_of_the_files(monkeypatch):
@@ -94,7 +94,7 @@ def test_readme_is_short():
     readme = PAGES["README.md"]
     assert readme.count("\n") <= 150
     prose = re.sub(r"```.*?```|^\|.*?$|<!--.*?-->|\]\(.*?\)", " ", readme, flags=re.DOTALL | re.MULTILINE)
-    assert len(re.findall(r"[A-Za-z]{2,}", prose)) <= 600
+    assert len(re.findall(r"[A-Za-z]{2,}", prose)) <= 350  # read aloud in two minutes, code and tables apart
 
 
 def test_readme_counts_and_names_the_models():
