@@ -7,8 +7,6 @@ finds this by the entry point of its group "lmms_eval.models" and imports it; lp
 """
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,10 +14,10 @@ import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.utils import simple_parse_args_string
+from tqdm.auto import tqdm
 
 from .config import PruningConfig
 from .errors import ConfigError
-from .handle import Patch
 from .patch import apply
 
 OPTIONS = {*(field.name for field in dataclasses.fields(PruningConfig)), "pruner"}
@@ -36,12 +34,12 @@ class Patched(lmms):
         given = simple_parse_args_string(arg_string)
         if "base" not in given:
             raise ConfigError("--model lp_patch needs base=NAME, a model of lmms-eval, in --model_args")
-        base = get_model(given.pop("base"))
+        base = get_model(given.pop("base"), force_simple=cls.is_simple)
         options = {name: given.pop(name) for name in OPTIONS & given.keys()}
         more = {name: value for name, value in (additional_config or {}).items() if value is not None}
         model = base(**given, **more)
         model.patch = apply(model.model, **options)
-        model.loglikelihood = partial(loglikelihood, model, model.loglikelihood)
+        model.loglikelihood = partial(loglikelihood, model)
         print(model.patch)
         return model
 
@@ -52,51 +50,61 @@ class Patched(lmms):
     generate_until = generate_until_multi_round = loglikelihood
 
 
-def loglikelihood(model: Any, scored: Any, requests: list) -> list:
-    """The base's `loglikelihood`, in which only the prompt asks in stage 2, and only the continuation is scored.
+class PatchedChat(Patched):
+    """The same with the base's chat class, where it has one; ``--force_simple`` takes the other."""
 
-    In generation the answer is not there yet when a prompt is pruned. lmms-eval's llava_hf counts its prompt without
-    the pictures' tokens, so that its labels begin too early.
+    is_simple = False
+
+
+@torch.inference_mode()
+def loglikelihood(model: Any, requests: list) -> list[tuple[float, bool]]:
+    """In place of the base's: the mean loss of each given answer, and whether it is what greedy steps would say.
+
+    An answer must not choose what its own prompt keeps: in generation it is not there yet. So only what stands before
+    it asks, and only the answer is scored. llava_hf's own, in 0.7.3, counts its prompt without the pictures' tokens,
+    and fails with transformers 5.
     """
-    found = []
-    for request in requests:
-        _, target, _, number, task, split = request.args
-        text = target if isinstance(target, str) else target(model.task_dict[task][split][number])
-        with _prompt_asks(model.model, model.patch, model.tokenizer, text):
-            found += scored([request])
+    processor, found = _processor(model), []
+    for request in tqdm(requests, desc="loglikelihood", disable=model.rank != 0):
+        question, target, doc_to_visual, number, task, split = request.args
+        doc = model.task_dict[task][split][number]
+        answer = target if isinstance(target, str) else target(doc)
+        pictures = [{"type": "image", "image": picture} for picture in doc_to_visual(doc) or ()]
+        conversation = [
+            {"role": "user", "content": [*pictures, {"type": "text", "text": question}]},
+            {"role": "assistant", "content": [{"type": "text", "text": answer.strip()}]},
+        ]
+        inputs = processor.apply_chat_template(conversation, tokenize=True, return_dict=True, return_tensors="pt")
+        inputs = inputs.to(model.model.device, model.model.dtype)
+        ids = inputs["input_ids"]
+        start = _start(processor.tokenizer, ids, answer)
+        prompt = torch.arange(ids.shape[1], device=ids.device)[None] < start
+        with model.patch.asking(prompt):
+            said = model.model(**inputs).logits[0, start - 1 : -1].float()
+        loss = torch.nn.functional.cross_entropy(said, ids[0, start:])
+        found.append((float(loss), bool((said.argmax(dim=-1) == ids[0, start:]).all())))
     return found
 
 
-@contextmanager
-def _prompt_asks(model: Any, patch: Patch, tokenizer: Any, continuation: str) -> Iterator[None]:
-    stack = ExitStack()
-
-    def before(module: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        ids = kwargs["input_ids"]
-        prompt = torch.zeros_like(ids, dtype=torch.bool)
-        prompt[:, : _start(tokenizer, ids, continuation)] = True
-        stack.enter_context(patch.asking(prompt))
-        if kwargs.get("labels") is not None:
-            kwargs = {**kwargs, "labels": kwargs["labels"].masked_fill(prompt, -100)}
-        return args, kwargs
-
-    hook = model.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-    try:
-        with stack:
-            yield
-    finally:
-        hook.remove()
+def _processor(model: Any) -> Any:
+    """The base's processor, which each class calls otherwise."""
+    for value in vars(model).values():
+        if hasattr(value, "apply_chat_template") and hasattr(value, "image_processor"):
+            return value
+    raise ConfigError(f"{type(model).__name__} holds no processor with a chat template, by which answers are scored")
 
 
 def _start(tokenizer: Any, ids: torch.Tensor, continuation: str) -> int:
     """Where the continuation begins in ids (1, S)."""
-    if len(ids) != 1:
-        raise ConfigError(f"loglikelihood of a patched model takes one prompt at a time, got a batch of {len(ids)}")
     text, length = continuation.strip(), ids.shape[1]
     for start in range(length - 1, -1, -1):
         if text in tokenizer.decode(ids[0, start:]):
             return start
-    raise ConfigError(f"the continuation {continuation!r} is not in the prompt that was to be scored")
+    raise ConfigError(f"the answer {continuation!r} that was to be scored is not at the end of the prompt")
 
 
-MANIFEST = ModelManifest(model_id="lp_patch", simple_class_path="lp_patch.lmms_eval.Patched")
+MANIFEST = ModelManifest(
+    model_id="lp_patch",
+    simple_class_path="lp_patch.lmms_eval.Patched",
+    chat_class_path="lp_patch.lmms_eval.PatchedChat",
+)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 import lp_patch
+from lp_patch import bench
 from lp_patch.cli import main
 
 TESTBED = Path(__file__).resolve().parent.parent / "examples" / "testbed"
@@ -69,3 +70,23 @@ def test_as_a_module():
     assert done.returncode == 0
     for command in ("check", "bench", "show", "train"):
         assert f"\n    {command} " in done.stdout
+
+
+@pytest.mark.parametrize(("patch", "found"), [(28, True), (400, False)])
+def test_a_smaller_picture_of_as_many_tokens(monkeypatch, patch, found):
+    """Found by size where the processor's tokens follow it closely; given up where they cannot come near."""
+
+    def ask(processor, picture, question):
+        if min(picture.size) < patch:
+            raise ValueError("too small")
+        return {"tokens": (picture.size[0] // patch) * (picture.size[1] // patch)}
+
+    monkeypatch.setattr(bench, "ask", ask)
+    picture = Image.new("RGB", (1120, 840))
+    present = ask(None, picture, "")["tokens"]
+    wanted = 64 if found else 3
+    smaller = bench._smaller(None, picture, "", wanted, present, lambda inputs: inputs["tokens"])
+    if found:
+        assert abs(smaller["tokens"] - wanted) <= 0.15 * wanted
+    else:
+        assert smaller is None

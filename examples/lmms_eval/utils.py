@@ -1,5 +1,6 @@
 """What lmms-eval asks of the testbed's tasks; as a script, writes their documents below ``runs/lmms_eval``."""
 
+import ast
 import json
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def doc_to_number(doc: dict) -> int:
 def process_results(doc: dict, results: list[str]) -> dict[str, float]:
     """Exact match, as evaluate.py counts."""
     return {"exact": float(results[0].strip() == doc["answer"])}
+
+
+def weigh(doc: dict, results: list[str]) -> dict[str, float]:
+    """Whether the likelier choice is right; lmms-eval 0.7.3 brings each choice's (loss, said) as a string."""
+    losses = [ast.literal_eval(x)[0] for x in results]
+    return {"acc": float(CHOICES[losses.index(min(losses))] == doc["answer"])}
 
 
 def main() -> None:
