@@ -180,6 +180,8 @@ def draw(picture: np.ndarray, grid: int, results: list[tuple], path: Path) -> No
                 own = torch.isin(first.stage1[0], kept)
                 draw_mixed(axes, picture, mixtures[own].numpy(), kept.tolist(), grid)
         axes.text(0, 1.03, title, transform=axes.transAxes, weight="bold", color=colour)
+        if kept is not None and first.mixtures[0] is not None:
+            count = count.replace("tokens", "mixtures")
         axes.text(1, 1.03, count, transform=axes.transAxes, color=MUTED, ha="right")
         for i, text in enumerate([*upper, *lower]):
             ink = INK if i < len(upper) else MUTED
