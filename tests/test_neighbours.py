@@ -473,6 +473,22 @@ def test_full_budget_and_removal_leave_nothing():
             assert twin(**inputs).logits.equal(plain)
 
 
+@pytest.mark.filterwarnings("ignore:compile=True captures CUDA graphs:UserWarning")
+@pytest.mark.parametrize("make", [slots, merging])
+@torch.no_grad()
+def test_compiled_prefills_equal_those_that_are_not(make):
+    model, pruner = tiny_llava(seed=3), make()
+    with lp_patch.applied(model, tokens=9, pruner=pruner) as patch:
+        want = [(model(**inputs_for(model, seed)).logits, patch.trace.mixtures[0]) for seed in (0, 1)]
+    with lp_patch.applied(model, tokens=9, pruner=pruner, compile=True) as patch:
+        for _ in range(2):
+            for seed, (logits, mixtures) in enumerate(want):
+                torch.testing.assert_close(model(**inputs_for(model, seed)).logits, logits)
+                found = patch.trace.mixtures[0]
+                assert found is mixtures is None or found.equal(mixtures)
+        assert patch.captured["regions"] == 2
+
+
 @pre_encodes
 @torch.no_grad()
 def test_encoded_features_carry_their_mixtures():
