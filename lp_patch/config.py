@@ -123,6 +123,7 @@ class Options(TypedDict, total=False):
     final_wipe_layer: int | None
     positions: str
     seed: int
+    rounding: str
 
 
 Function = TypeVar("Function", bound=Callable)
