@@ -18,6 +18,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 import lp_patch
 from lp_patch import show
 from lp_patch.compat import CACHE
+from lp_patch.loading import ask as ask_about
 
 HERE = Path(__file__).resolve().parent
 
@@ -43,18 +44,6 @@ def ask(model: torch.nn.Module, processor, inputs: dict, answer: Answer) -> None
     new = output.sequences[0, inputs["input_ids"].shape[1] :]
     answer.text = processor.decode(new, skip_special_tokens=True).strip()
     answer.kv_bytes = sum(x.untyped_storage().nbytes() for y in output[CACHE].layers for x in (y.keys, y.values))
-
-
-def prompt(processor, image: Image.Image, question: str) -> dict:
-    """One question about one picture, in the checkpoint's own chat format."""
-    content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
-    return processor.apply_chat_template(
-        [{"role": "user", "content": content}],
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-    )
 
 
 @torch.inference_mode()
@@ -132,7 +121,7 @@ def main() -> None:
     )
     results = []
     for question in questions:
-        inputs = prompt(processor, image, question["question"]).to(model.device, model.dtype)
+        inputs = ask_about(processor, image, question["question"]).to(model.device, model.dtype)
         full, pruned, trace, panels = compare(model, processor, image, inputs, options.tokens, options.runs)
         results.append((question, full, pruned, panels))
         print(table(question, full, pruned, trace), end="\n\n")

@@ -566,7 +566,7 @@ def plot(results: Results, path: Path) -> None:
     """Relative accuracy against the true average of tokens, seen styles, with 95 % intervals."""
     figure, panels = plt.subplots(1, 2, figsize=(12, 5.5), sharey=True, layout="constrained")
     by_name = {x.method: x for x in results.methods}
-    lowest = 100.0
+    lowest, most = 100.0, 0.0
     for panel, (mode, title) in zip(panels, results.modes, strict=True):
         for number, name in enumerate(x for x in LINES if x in by_name):
             cells = [replace(by_name[name], tokens=t, **mode) for t in BUDGETS]
@@ -583,7 +583,7 @@ def plot(results: Results, path: Path) -> None:
             # a little to the side, so that the bars of different methods do not hide each other
             x = np.array([tokens for tokens, _ in found]) * 1.012 ** (number - 4)
             y, low, high = 100 * np.array([y for _, y in found]).T
-            lowest = min(lowest, low.min())
+            lowest, most = min(lowest, low.min()), max(most, x.max())
             label, color, marker = LINES[name]
             strong = name in STRONG
             style = {"linewidth": 3 if strong else 1.3, "elinewidth": 1, "markersize": 7 if strong else 5}
@@ -591,7 +591,8 @@ def plot(results: Results, path: Path) -> None:
             panel.errorbar(x, y, bars, marker=marker, color=color, label=label, zorder=3 if strong else 2, **style)
         panel.axhline(100, color="0.3", linewidth=0.8, linestyle=":")
         panel.set(title=title, xscale="log", xlabel="visual tokens, of 576: the true average over the layers")
-        panel.set_xticks(BUDGETS, BUDGETS)
+        held = [tokens for tokens in BUDGETS if tokens <= most * 1.05]
+        panel.set_xticks(held, held)
         panel.minorticks_off()
         panel.grid(alpha=0.25)
     panels[0].set(ylabel="% of the accuracy with all tokens", ylim=(lowest - 2, 104))

@@ -20,7 +20,7 @@ from .errors import UnsupportedInputError, UnsupportedModelError
 from .install import Installation
 from .patch import is_applied
 from .registry import FULL, Parts, find_parts
-from .score import received_attention
+from .score import received_attention, received_in_tower
 from .show import need, rendered
 
 if TYPE_CHECKING:
@@ -39,16 +39,16 @@ class Look:
             0 for padding. Of one layer and prompt it sums to 1.
         visual: (B, S) bool, visual tokens.
         real: (B, S) bool, no padding.
-        words: of prompt 0, the ids of the text after the last picture, (W,).
-        maps: (L, W, V) float32, what each of these words gives to each of the V visual tokens of prompt 0.
+        words: of each prompt, the W ids of the text after its last picture.
+        maps: of each prompt, (L, W, V) float32, what each of these words gives to each of its V visual tokens.
     """
 
     layers: list[int]
     received: dict[str, Tensor]
     visual: Tensor
     real: Tensor
-    words: list[int]
-    maps: Tensor
+    words: list[list[int]]
+    maps: list[Tensor]
 
     def share(self, asker: str = TEXT) -> Tensor:
         """(L, B): the share of the attention that goes to visual tokens, in each layer."""
@@ -63,23 +63,24 @@ class Look:
         axes.legend(frameon=False)
         return rendered(figure, path)
 
-    def plot_positions(self, layer: int, asker: str = TEXT, path: str | Path | None = None) -> "Image":
-        """Attention by position in prompt 0, visual tokens and text apart, in one layer; a PIL image."""
+    def plot_positions(self, layer: int, asker: str = TEXT, path: str | Path | None = None, prompt: int = 0) -> "Image":
+        """Attention by position in one prompt, visual tokens and text apart, in one layer; a PIL image."""
         figure, axes = _figure("position in the prompt", f"attention received in layer {layer}")
-        received, real = self.received[asker][self._number(layer), 0], self.real[0]
-        for name, mask in (("visual", self.visual[0]), ("text", real & ~self.visual[0])):
+        received, visual = self.received[asker][self._number(layer), prompt], self.visual[prompt]
+        for name, mask in (("visual", visual), ("text", self.real[prompt] & ~visual)):
             where = mask.nonzero().flatten()
             axes.scatter(where.tolist(), received[where].tolist(), s=4, label=name)
         axes.set_yscale("log")
         axes.legend(frameon=False)
         return rendered(figure, path)
 
-    def plot_words(self, processor: Any, layer: int, path: str | Path | None = None) -> "Image":
-        """What each word of prompt 0 gives to its visual tokens, in their order, in one layer; a PIL image."""
+    def plot_words(self, processor: Any, layer: int, path: str | Path | None = None, prompt: int = 0) -> "Image":
+        """What each word of one prompt gives to its visual tokens, in their order, in one layer; a PIL image."""
         figure, axes = _figure("visual token", "")
-        axes.imshow(self.maps[self._number(layer)].sqrt().numpy(), aspect="auto", interpolation="nearest")
+        axes.imshow(self.maps[prompt][self._number(layer)].sqrt().numpy(), aspect="auto", interpolation="nearest")
         tokenizer = getattr(processor, "tokenizer", processor)
-        axes.set_yticks(range(len(self.words)), [tokenizer.decode([x]) for x in self.words])
+        words = self.words[prompt]
+        axes.set_yticks(range(len(words)), [tokenizer.decode([x]) for x in words])
         return rendered(figure, path)
 
     def _number(self, layer: int) -> int:
@@ -113,16 +114,23 @@ def look(model: Any, inputs: Mapping[str, Any]) -> Look:
         raise UnsupportedInputError("every prompt must have text after its last picture, which asks")
     last = torch.zeros_like(real).scatter(1, (order * real).argmax(dim=1, keepdim=True), True)
     asking = {name: x / x.sum(dim=1, keepdim=True) for name, x in ((TEXT, after), (LAST, last), (EVERY, real))}
-    words = after[0].nonzero().flatten()
-    seen: dict[int, tuple[dict[str, Tensor], Tensor]] = {}
+    words = [row.nonzero().flatten() for row in after]
+    seen: dict[int, tuple[dict[str, Tensor], list[Tensor]]] = {}
 
     def observe(index: int, _: Any, given: Attended) -> None:
         found = partial(received_attention, given.query, given.key, scaling=given.scaling, key_mask=real)
         received = {name: found(weight, sinks=given.sinks).cpu() for name, weight in asking.items()}
-        one = torch.eye(ids.shape[1], device=ids.device)[words]  # each word asks alone
-        query, key = (x[:1].expand(len(words), -1, -1, -1) for x in (given.query, given.key))
-        alone = received_attention(query, key, one, given.scaling, key_mask=real[:1].expand(len(words), -1))
-        seen[index] = received, alone[:, visual[0]].cpu()
+        alone = []
+        for row, own in enumerate(words):  # each word asks alone: a batch of single queries
+            query = given.query[row][:, own].transpose(0, 1)[:, :, None]
+            key = given.key[row].expand(len(own), -1, -1, -1)
+            sees = (real[row] & (order <= own[:, None]))[:, None]
+            one = torch.ones(len(own), 1, device=ids.device)
+            found_alone = received_attention(
+                query, key, one, given.scaling, key_mask=sees, causal=False, sinks=given.sinks
+            )
+            alone.append(found_alone[:, visual[row]].cpu())
+        seen[index] = received, alone
 
     on = Installation()
     try:
@@ -142,8 +150,8 @@ def look(model: Any, inputs: Mapping[str, Any]) -> Look:
         {name: torch.stack([seen[x][0][name] for x in layers]) for name in asking},
         visual.cpu(),
         real.cpu(),
-        ids[0, words].tolist(),
-        torch.stack([seen[x][1] for x in layers]),
+        [ids[row, own].tolist() for row, own in enumerate(words)],
+        [torch.stack([seen[x][1][row] for x in layers]) for row in range(len(ids))],
     )
 
 
@@ -162,9 +170,7 @@ def cls_attention(model: Any, inputs: Mapping[str, Any]) -> Tensor:
     found: list[Tensor] = []
 
     def observe(_: Any, given: Attended) -> None:
-        weight = torch.ones(len(given.query), 1, device=given.query.device)
-        cls = received_attention(given.query[:, :, :1], given.key, weight, given.scaling, causal=False)
-        found.append(cls[:, 1:].cpu())
+        found.append(received_in_tower(given.query, given.key, given.scaling).cpu())
 
     on = Installation()
     try:

@@ -39,6 +39,7 @@ from .patch import declared
 from .pruner import Pruner
 from .recommend import merged, recommendation
 from .registry import find_parts, unwrap
+from .show import need
 
 SEARCHED = ("layer", "stage_ratio", "rounding")
 RATIOS = (1.5, 2.0, 4.0)  # beside the usual 3
@@ -141,6 +142,7 @@ class Calibration:
 
     def plot(self, path: str | Path) -> None:
         """Draw each setting's divergence with its standard error."""
+        need("matplotlib", "evaluate")
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(8, 1.2 + 0.3 * len(self.tried)), layout="constrained")

@@ -20,7 +20,7 @@ from .install import Installation
 from .merging import mixed
 from .read import Chosen, Reader, State, chosen_of
 from .registry import Parts
-from .score import received_attention
+from .score import received_in_tower
 from .select import take
 from .settings import Settings
 from .step import is_static_step
@@ -49,16 +49,12 @@ class EarlyStage(Reader):
 
     def observe_vision(self, readings: tuple[Reading, ...], _: None, seen: Attended) -> None:
         """A vision layer's query and key (B, H, 1 + N, D), [CLS] first: what the scorer reads there, (B, N) each."""
-        encoding, query = self._call().encoding, seen.query
+        encoding = self._call().encoding
         if encoding is None:
             return
-        for reading in readings:
-            asking = query[:, :, :1] if reading.of == "cls" else query
-            batch, length = asking.shape[0], asking.shape[2]
-            weight = torch.full((batch, length), 1 / length, device=query.device)
-            with torch.no_grad():
-                received = received_attention(asking, seen.key, weight, seen.scaling, causal=False)
-            encoding.attention[reading] = received[:, 1:]
+        with torch.no_grad():
+            for reading in readings:
+                encoding.attention[reading] = received_in_tower(seen.query, seen.key, seen.scaling, reading.of)
 
     def before_vision_layer(self, readings: tuple[Reading, ...], module: nn.Module, args: tuple, kwargs: dict) -> None:
         """A vision layer's attention is given tokens (B, 1 + N, C), [CLS] first: what the scorer reads there."""

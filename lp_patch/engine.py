@@ -62,10 +62,9 @@ class Engine(Planner):
     def install(self, on: Installation) -> None:
         """Put on the model what stays there."""
         super().install(on)
-        parts = self.parts
-        on.before(parts.language_model, self.before_language_model)
+        on.before(self.parts.language_model, self.before_language_model)
         if self.settings.config.stage_ratio > 1:
-            on.note(install_tap(parts.attention[self.settings.shape.layer - 1], self.observe_text))
+            on.note(install_tap(self.parts.attention[self.settings.shape.layer - 1], self.observe_text))
 
     def _layer_hooks(self) -> LayerHooks:
         """The layers' hooks; one that is there twice acts once: the first takes the keyword away."""

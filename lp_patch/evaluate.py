@@ -15,6 +15,7 @@ from .answers import Answer, bare, check_prompts, greedy, installed, prepare, tr
 from .config import PruningConfig
 from .errors import ConfigError
 from .handle import Patch
+from .show import need
 
 FULL = "full"
 DRAWS = 9999
@@ -95,6 +96,7 @@ class Evaluation:
 
     def plot(self, path: str | Path) -> None:
         """Draw scores against the true average of visual tokens; settings that differ in budget alone make a line."""
+        need("matplotlib", "evaluate")
         from matplotlib.figure import Figure
 
         lines: dict[str, list[Outcome]] = {}

@@ -37,6 +37,23 @@ def received_attention(
         return _received(query, key, query_weight, scaling, key_mask, causal, sinks)
 
 
+def received_in_tower(query: Tensor, key: Tensor, scaling: float, of: str = "cls") -> Tensor:
+    """Attention that each token of a vision layer receives, from [CLS] alone or from all, averaged over heads.
+
+    Args:
+        query: (B, H, 1 + N, D), [CLS] first; key: alike.
+        scaling: factor on the dot product.
+        of: "cls", or "all" for the mean over every token, [CLS] included.
+
+    Returns:
+        (B, N) float32: what [CLS] itself receives is left out.
+    """
+    asking = query[:, :, :1] if of == "cls" else query
+    batch, length = asking.shape[0], asking.shape[2]
+    weight = torch.full((batch, length), 1 / length, device=query.device)
+    return received_attention(asking, key, weight, scaling, causal=False)[:, 1:]
+
+
 def _received(
     query: Tensor,
     key: Tensor,

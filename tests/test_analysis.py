@@ -28,10 +28,9 @@ def test_look(family):
             for name, who in askers.items():
                 want = sum(mean[row, i] for i in who) / len(who)
                 torch.testing.assert_close(found.received[name][number, row], want, atol=1e-5, rtol=1e-4)
-        words = [i for i in range(real.shape[1]) if i > last_visual[0] and real[0, i]]
-        want = torch.stack([mean[0, i][found.visual[0]] for i in words])
-        torch.testing.assert_close(found.maps[number], want, atol=1e-5, rtol=1e-4)
-    assert found.words == [int(inputs["input_ids"][0, i]) for i in words]
+            want = torch.stack([mean[row, i][found.visual[row]] for i in asks])
+            torch.testing.assert_close(found.maps[row][number], want, atol=1e-5, rtol=1e-4)
+            assert found.words[row] == [int(inputs["input_ids"][row, i]) for i in asks]
 
 
 def test_plots_and_cls():

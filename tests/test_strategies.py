@@ -58,7 +58,7 @@ def scores(name, features, keep=4, seed=0, **given):
 def test_catalogue():
     published = {"learned", "diversity", "cls", "visionzip", "vispruner", "hiprune", "oc-vtp", "metacompress"}
     assert set(SCORERS) >= published | {"random", "uniform", "none"}
-    assert set(TEXT_SCORERS) >= {"text", "last", "fastv", "iwp", "spread"}
+    assert set(TEXT_SCORERS) >= {"text", "last", "fastv", "iwp"}
     table = catalogue().splitlines()
     assert len(table) == len(SCORERS) + len(TEXT_SCORERS)
     for option, known in (("scorer", SCORERS), ("text_scorer", TEXT_SCORERS)):
@@ -503,25 +503,6 @@ def chosen_by_iwp(model, layer, x, at, visual, attention, wanted):
     return [chosen.get(i) for i in candidates]
 
 
-def chosen_by_spread(model, layer, x, at, visual, attention, wanted):
-    """Attention of the text times how little a token's value resembles those of chosen ones, one by one."""
-    values = layer.self_attn.v_proj(layer.input_layernorm(x))
-    asking = [at.index(i) for i in text_after(max(visual), at[-1] + 1)]
-    candidates = [at.index(i) for i in visual if i in at]
-    received = {i: float(attention.mean(0)[asking].mean(0)[i]) for i in candidates}
-    mean = sum(values[i] for i in candidates) / len(candidates)
-    apart = {i: (values[i] - mean).tolist() for i in candidates}
-    chosen = []
-    while len(chosen) < wanted:
-        worth = {}
-        for i in candidates:
-            if i not in chosen:
-                nearest = max([0.0, *(cosine(apart[i], apart[j]) for j in chosen)])
-                worth[i] = received[i] * (1 - nearest)
-        chosen.append(min(worth, key=lambda i: (-worth[i], i)))
-    return [1 / (1 + chosen.index(i)) if i in chosen else None for i in candidates]
-
-
 TEXT = received_from(text_after)
 LAST = received_from(lambda last_visual, end: [end - 1])
 # options, (tokens kept by stage 1, by stage 2, layers before it), the score of stage 2
@@ -536,12 +517,6 @@ WHOLE = {
     "none": ({"scorer": "none", "tokens": 20, "layer": 1}, (36, 17, 1), TEXT),
     "fastv": ({"scorer": "none", "text_scorer": "fastv", "tokens": 16}, (36, 6, 2), LAST),
     "iwp": ({"text_scorer": "iwp", "tokens": 12}, (15, 5, 5), chosen_by_iwp),
-    "spread": ({"text_scorer": "spread", "tokens": 9}, (18, 6, 2), chosen_by_spread),
-    "spread alone": (
-        {"scorer": "none", "text_scorer": "spread", "tokens": 20, "layer": 1},
-        (36, 17, 1),
-        chosen_by_spread,
-    ),
     "iwp alone": ({"scorer": "none", "text_scorer": "iwp", "tokens": 24, "layer": 2}, (36, 18, 2), chosen_by_iwp),
     "fastv by ratio": ({"scorer": "none", "text_scorer": "fastv", "ratio": 0.5}, (36, 9, 2), LAST),
 }
@@ -812,18 +787,6 @@ def test_iwp_of_large_and_of_equal_tokens():
     assert large.isfinite().all() and large[0, 3] == 1
     equal = TEXT_SCORERS["iwp"].score(stage2_input(torch.ones(5, 4), key))
     assert equal[0].tolist() == [0.0] * 4 + [-1.0]
-
-
-def test_spread_by_hand():
-    # equal attention: the first of all; its twin would say nothing new, and comes after what is unlike both
-    value = [[2.0, 0, 0, 0], [2, 0, 0, 0], [0, 2, 0, 0], [0, 0, 2, 0], [9, 9, 9, 9]]
-    given = stage2_input(value, torch.zeros(1, 1, 5, 4))
-    assert TEXT_SCORERS["spread"].score(given)[0].tolist() == pytest.approx([1, 0, 1 / 2, 1 / 3, 0])
-    # what is asked about far more comes first all the same
-    query, key = torch.ones(1, 1, 1, 4), torch.zeros(1, 1, 5, 4)
-    key[0, 0, 2] = 3.0
-    given = stage2_input(value, key, query=query)
-    assert TEXT_SCORERS["spread"].score(given)[0].tolist() == pytest.approx([1 / 2, 0, 1, 1 / 3, 0])
 
 
 @pytest.mark.parametrize("elements", [1, 100, 700])

@@ -18,7 +18,6 @@ from . import (  # noqa: F401  (importing registers)
     learned,
     metacompress,
     oc_vtp,
-    spread,
     text,
     vispruner,
 )

@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--positions", choices=["original", "compact"])
     parser.add_argument("--pruner", help="folder or Hub id of trained weights")
     parser.add_argument("--seed", type=int, help="for strategies that draw")
+    parser.add_argument("--rounding", choices=["up", "down"], help="of a share of tokens")
     given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     print(json.dumps(overrides(given.pop("model"), **given)))
 

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..adapters.internvl import ADAPTER as INTERNVL
+from ..adapters.llava import ADAPTER as LLAVA
 from ..errors import ConfigError
-from ..score import received_attention
+from ..score import received_in_tower
 from ..strategies import Reading
 from .internals import (
     MULTIMODAL_REGISTRY,
@@ -103,11 +105,9 @@ class LpPatchLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGener
             x.unflatten(2, (attention.num_heads_per_partition, -1)).transpose(1, 2)
             for x in attention.qkv_proj(hidden)[0].chunk(3, dim=2)[:2]
         )
-        asking = query[:, :, :1] if reading.of == "cls" else query
-        weight = torch.full((len(asking), asking.shape[2]), 1 / asking.shape[2], device=asking.device)
-        received = received_attention(asking, key, weight, attention.scale, causal=False)[:, 1:].contiguous()
+        received = received_in_tower(query, key, attention.scale, reading.of)
         if attention.tp_size > 1:  # each process has some of the heads
-            received = tensor_model_parallel_all_reduce(received) / attention.tp_size
+            received = tensor_model_parallel_all_reduce(received.contiguous()) / attention.tp_size
         self.seen[reading] = received
 
     def encode(self, **kwargs: Any) -> tuple[Sequence[Tensor], dict[Reading, Sequence[Tensor]]]:
@@ -121,9 +121,7 @@ class LpPatchLlavaForConditionalGeneration(PrunedModel, LlavaForConditionalGener
 
     def advance(self, data: Any) -> int:
         """All pictures are of one size."""
-        vision = self.config.vision_config
-        crop = self.config.vision_feature_select_strategy == "default"
-        return (vision.image_size // vision.patch_size) ** 2 + (vision.model_type == "clip_vision_model") - crop
+        return LLAVA.fewest(self.config)
 
 
 @pruned(InternS1MultiModalProcessor, InternS1ProcessingInfo, InternS1DummyInputsBuilder)
@@ -132,7 +130,7 @@ class LpPatchInternVLForConditionalGeneration(PrunedModel, InternS1ForConditiona
 
     def advance(self, data: Any) -> int:
         """The tokens of all its tiles."""
-        return int(data["image_num_patches"].data) * self.config.image_seq_length
+        return int(data["image_num_patches"].data) * INTERNVL.fewest(self.config)
 
 
 class GridModel(PrunedModel):

@@ -1,5 +1,6 @@
 """What a server is told to prune: checked where it is written, and read back by the server's processes."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,7 +38,9 @@ class ServerOptions(NamedTuple):
 
     def budget(self, present: int) -> StageBudget:
         """What a picture of `present` tokens keeps; both numbers are the same."""
-        return StageBudget(0, 0) if present == 0 else stage_budget(self.config.average(present), present, 2, 1, 1.0)
+        if present == 0:
+            return StageBudget(0, 0)
+        return stage_budget(self.config.average(present), present, 2, 1, 1.0, rounding=self.config.rounding)
 
 
 def overrides(model: str | Path, *, pruner: str | Path | None = None, **options: Any) -> dict[str, Any]:
@@ -50,7 +53,7 @@ def overrides(model: str | Path, *, pruner: str | Path | None = None, **options:
         model: a local checkpoint's folder, or a Hub id, as the server gets it.
         pruner: folder or Hub id of trained stage-1 weights; None: for "auto", and for a scorer that reads one, the one
             that belongs to the checkpoint, found as `lp_patch.apply` finds it.
-        options: `tokens` or `ratio`, `scorer`, `diversity`, `positions`, `seed`, as for `lp_patch.apply`.
+        options: those of `lp_patch.apply` that are not of stage 2.
 
     Returns:
         For ``LLM(model, hf_overrides=...)``, or as JSON for ``--hf-overrides``.
@@ -100,12 +103,8 @@ def overrides(model: str | Path, *, pruner: str | Path | None = None, **options:
     return {
         "architectures": [ARCHITECTURES[given]],
         KEY: {
-            "tokens": config.tokens,
-            "ratio": config.ratio,
+            **{name: value for name, value in asdict(config).items() if name not in _STAGE2},
             "scorer": scorer.name,
-            "diversity": config.diversity,
-            "positions": config.positions,
-            "seed": config.seed,
             "pruner": None if module is None else str(source),
         },
     }
