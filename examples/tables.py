@@ -1,6 +1,7 @@
 """Put what was measured and tested into README and docs, from files alone: `python examples/tables.py`."""
 
 import csv
+import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -284,6 +285,32 @@ def modes() -> str:
     return matrix.table()
 
 
+def serving() -> str:
+    """What a vLLM server gains, medians over the rounds."""
+    rows = rows_of("benchmark_vllm.csv")
+    shown = {
+        "requests a second": "requests_per_s",
+        "asked again": "again_per_s",
+        "of their tokens found in the cache": "cached_share",
+        "first token, ms": "first_token_ms",
+        "tokens of a prompt": "prompt_tokens",
+        "requests in the KV space": "requests_held",
+    }
+    lines = [
+        f"{rows[0]['device']}, vLLM {rows[0]['vllm']}, {rows[0]['dtype']}; {rows[0]['questions']} questions, medians "
+        f"of {len({x['round'] for x in rows})} rounds (`{rows[0]['command']}`).",
+        "",
+        f"| visual tokens | scorer | {' | '.join(shown)} |",
+        "|---|---|" + "---:|" * len(shown),
+    ]
+    for name in dict.fromkeys(x["tokens"] for x in rows):
+        own = [x for x in rows if x["tokens"] == name]
+        middle = [statistics.median(float(x[column]) for x in own) for column in shown.values()]
+        cells = [f"{x:,.0f}" if x >= 100 else f"{x:.3g}" for x in middle]
+        lines.append(f"| {name} | {'' if name == 'all' else own[-1]['scorer']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 SECTIONS: dict[str, Callable[[], str]] = {
     "figures": figures,
     "speed": speed,
@@ -293,6 +320,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "families": families,
     "refused": refused,
     "modes": modes,
+    "benchmark_vllm": serving,
 }
 
 

@@ -31,12 +31,6 @@ ELSEWHERE = {
     "docs/neighbours.md": "tests/test_neighbours.py",
     "docs/pictures.md": "tests/test_pages.py",
 }
-# written beside this one; empty it once they are here
-PLACES = {
-    "docs": ["command_line.md", "harness.md", "neighbours.md", "pictures.md", "text_scores.md"],
-    "examples/results": ["benchmark_vllm.csv", "benchmark_vllm.png"],
-}
-TO_COME = {name for folder, names in PLACES.items() for name in names if not (ROOT / folder / name).exists()}
 
 
 def blocks(text, language):
@@ -120,9 +114,9 @@ def test_files_and_targets_exist(page):
     for target in re.findall(r"(?:^|`)make ([a-z-]+)", text, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in re.findall(r"`((?:examples|tests|adapters|lp_patch)/[\w/.-]+)`", text):
-        assert Path(path).name in TO_COME or (ROOT / path).exists(), path
+        assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
-        assert Path(link).name in TO_COME or (ROOT / page).parent.joinpath(link).exists(), link
+        assert (ROOT / page).parent.joinpath(link).exists(), link
 
 
 def test_every_module_is_in_the_tree():
@@ -223,11 +217,11 @@ def site(tmp_path_factory):
     )
     assert done.returncode == 0, done.stderr
     warned = [x for x in done.stderr.splitlines() if x.startswith(("WARNING", "ERROR"))]
-    return folder, [x for x in warned if not any(name in x for name in TO_COME)]
+    return folder, warned
 
 
 def test_the_site_builds_without_a_warning(site):
-    """As `mkdocs build --strict` would, but for pages to come: dead links, anchors, pages that no menu has."""
+    """As `mkdocs build --strict` would: dead links, anchors, pages that no menu has."""
     folder, warned = site
     assert not warned
     for page in PAGES:
@@ -245,7 +239,7 @@ def test_tables_and_pictures_of_a_page_are_those_of_the_site(site):
         assert html.count("<img alt") == len(re.findall(r"!\[", prose)), page
         for source in re.findall(r'<img [^>]*src="([^"]+)"', html):
             found = (folder / name / source).resolve()
-            assert found.name in TO_COME or found.is_file(), (page, source)
+            assert found.is_file(), (page, source)
 
 
 def test_every_public_name_is_on_the_page_of_the_api(site):
