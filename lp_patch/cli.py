@@ -2,12 +2,14 @@
 
 import argparse
 import dataclasses
+import random
 import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from .calibrate import calibrate
 from .check import check
 from .config import PruningConfig
 from .errors import LpPatchError
@@ -21,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status, 1 where `check` finds that the model does not fit."""
     parser = argparse.ArgumentParser(prog="lp-patch", description="Visual-token pruning.", epilog=EPILOG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_check, _add_bench, _add_show, _add_train):
+    for add in (_add_check, _add_bench, _add_calibrate, _add_show, _add_train):
         add(commands)
     given = parser.parse_args(arguments)
     try:
@@ -113,6 +115,45 @@ def _bench(given: argparse.Namespace) -> int:
     if given.csv is not None:
         measured.save(given.csv)
         print(f"wrote {given.csv}")
+    return 0
+
+
+def _add_calibrate(commands: Any) -> None:
+    added = _command(
+        commands,
+        _calibrate,
+        "find layer and stage_ratio for this model and budget, without labels: the folder it writes is what "
+        "apply(model, FOLDER) takes.",
+    )
+    added.add_argument(
+        "data", type=Path, metavar="DATA", help="JSON file in LLaVA's conversation format, of your kinds"
+    )
+    added.add_argument("--images", type=Path, help="folder of the pictures (default: the file's)")
+    added.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for the settings")
+    added.add_argument("--prompts", type=int, default=96, help="drawn from the file, what is asked first (%(default)s)")
+    added.add_argument("--batch", type=int, default=8, help="prompts at a time (%(default)s)")
+    added.add_argument("--answer-tokens", type=int, default=32, help="of each answer, at most (%(default)s)")
+    added.add_argument("--plot", type=Path, metavar="PNG", help="draw the settings tried")
+    _add_machine(added)
+    _add_options(added)
+
+
+def _calibrate(given: argparse.Namespace) -> int:
+    from .training.data import ConversationDataset, prompts
+
+    data = ConversationDataset(given.data, given.images)
+    drawn = random.Random(0).sample(range(len(data)), min(given.prompts, len(data)))
+    model, processor = load(given.model, given.device, given.dtype)
+    asked = prompts(processor, (data[index] for index in drawn), given.batch)
+    found = calibrate(
+        model, (x.to(model.device, model.dtype) for x in asked), answer_tokens=given.answer_tokens, **_options(given)
+    )
+    print(found)
+    found.save(given.output)
+    print(f"wrote {given.output}")
+    if given.plot is not None:
+        found.plot(given.plot)
+        print(f"wrote {given.plot}")
     return 0
 
 

@@ -2,16 +2,20 @@
 
 import csv
 import dataclasses
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from transformers import AutoProcessor
 
 import lp_patch
 from lp_patch import bench
 from lp_patch.cli import main
+from lp_patch.errors import UnsupportedInputError
+from lp_patch.training.data import _message, prompts
 
 TESTBED = Path(__file__).resolve().parent.parent / "examples" / "testbed"
 MODEL, PICTURE = str(TESTBED / "model"), str(TESTBED / "demo.png")
@@ -38,6 +42,59 @@ def test_bench(capsys, tmp_path):
     assert float(patched["cache"]) < 0.15 * float(stock["cache"])
     assert 0 < float(stock["tower"]) < 1 and stock["peak"] == "" and stock["command"]
     assert float(stock["prefill"]) > float(patched["prefill"]) / 2
+
+
+def test_calibrate(capsys, tmp_path):
+    """Settings from a file of conversations: `apply` takes the folder, the plot is drawn."""
+    data, shared = tmp_path / "asked.json", ["--images", str(TESTBED), "--tokens", "32", "--answer-tokens", "2"]
+    questions = ["Where is the apple?", "Is there a dog?", "How many hamburgers are there?"]
+    turns = [[{"from": "human", "value": f"<image>{'?' * n} {x}"}] for x in questions for n in range(2)]
+    turns = [[*x, {"from": "gpt", "value": "no"}, {"from": "human", "value": "Sure?"}] for x in turns]
+    data.write_text(json.dumps([{"image": "demo.png", "conversations": x} for x in turns]))
+    folder, plot = tmp_path / "settings", tmp_path / "plot.png"
+    given = ["calibrate", MODEL, str(data), *shared, "--output", str(folder), "--plot", str(plot), "--batch", "4"]
+    with pytest.warns(UserWarning, match="5 prompts are too few"):
+        assert main([*given, "--prompts", "5"]) == 0
+    printed = capsys.readouterr().out
+    assert "tokens=32, 5 prompts" in printed and "stage 1 alone" in printed
+    assert lp_patch.PruningConfig.load(folder).tokens == 32
+    assert plot.stat().st_size > 5000
+    assert main([*given, "--stage-ratio", "2"]) == 1
+    assert "leave out stage_ratio" in capsys.readouterr().err
+
+
+def test_prompts_are_what_is_asked_first():
+    """Padded on the left, so that an answer can follow; of what comes after the first question nothing is there."""
+    turns = ["where is the red apple ?", "where ?"]
+    turns = [[{"from": "human", "value": f"<image> {x}"}, {"from": "gpt", "value": "banana"}] for x in turns]
+    messages = [[_message(x) for x in some] for some in turns]
+    samples = [{"name": "0", "messages": x, "images": [Image.open(PICTURE)]} for x in (*messages, messages[0])]
+    processor = AutoProcessor.from_pretrained(MODEL)
+    first, last = prompts(processor, samples, batch=2)
+    assert len(first["pixel_values"]) == 2 and len(last["input_ids"]) == 1
+    assert first["attention_mask"][:, -1].all() and not first["attention_mask"][1, 0]
+    for row, some in zip(first["input_ids"], messages, strict=True):
+        said = processor.decode(row, skip_special_tokens=True)
+        assert some[0]["content"][1]["text"] in said and said.endswith("assistant :") and "banana" not in said
+
+
+@pytest.mark.parametrize(
+    ("turns", "said"),
+    [
+        (["gpt: hello", "human: <image> what?"], "sample 0: its first question must show its 1 pictures, not 0"),
+        (
+            ["human: hello", "gpt: hi", "human: <image> what?"],
+            "sample 0: its first question must show its 1 pictures, not 0",
+        ),
+    ],
+)
+def test_prompts_begin_with_a_question_about_the_pictures(turns, said):
+    """What calibration takes of a conversation shows the picture before the first answer."""
+    roles = {"human": "user", "gpt": "assistant"}
+    messages = [_message(dict(zip(("from", "value"), x.split(": "), strict=True))) for x in turns]
+    assert {x["role"] for x in messages} == set(roles.values())
+    with pytest.raises(UnsupportedInputError, match=said):
+        list(prompts(None, [{"name": "sample 0", "messages": messages, "images": [None]}]))
 
 
 def test_show(capsys, tmp_path):
@@ -68,8 +125,8 @@ def test_errors_are_a_line_and_a_status(capsys, tmp_path):
 def test_as_a_module():
     done = subprocess.run([sys.executable, "-m", "lp_patch", "--help"], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0
-    for command in ("check", "bench", "show", "train"):
-        assert f"\n    {command} " in done.stdout
+    for command in ("check", "bench", "calibrate", "show", "train"):
+        assert f"\n    {command}" in done.stdout
 
 
 @pytest.mark.parametrize(("patch", "found"), [(28, True), (400, False)])

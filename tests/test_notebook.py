@@ -19,7 +19,7 @@ def test_tour():
     assert data[0]["text/plain"] == "'bottom left'" and data[-1]["text/plain"] == "False"
     assert sum("image/png" in x for x in data) == 3, "two pictures and a plot"
     assert sum("<table>" in x.get("text/html", "") for x in data) == 1
-    assert "pruned equals masked" in printed and "all tokens: " in printed and "16 tokens: " in printed
+    assert "pruned equals masked" in printed and "prompts are too few" in printed and "16 tokens, calibrated" in printed
 
 
 def test_no_outputs_are_stored():

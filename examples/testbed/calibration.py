@@ -4,11 +4,12 @@
     python examples/testbed/calibration.py --model runs/smollm/smollm-testbed --dtype bfloat16 \\
         --output examples/results/calibration_smollm.csv
 
-Calibrated on unlabelled questions about scenes rendered for it, whose pictures and photographs are in no question of
-the evaluation; then asked the evaluation's questions, as are the default rounded down, and stage 1 alone at the tokens
-that the default's rounding up really spends. How the default and stage 1 alone answer is read from the CSV that
-``examples/evaluate.py`` wrote (whose "full" is here "full, there"). The pictures come in an order of which any
-beginning is spread over all, and the CSV grows by a few of them at a time: stopped and started again, it goes on.
+Calibrated on unlabelled questions about scenes rendered for it, whose pictures are in no question of the evaluation;
+their photographs are, as the evaluation's, none that the model or its pruner was trained on (``--trained`` takes those
+that it was, to see what that does). Then asked the evaluation's questions, as are the default rounded down, and stage 1
+alone at the tokens that the default's rounding up really spends. How the default and stage 1 alone answer is read from
+the CSV that ``examples/evaluate.py`` wrote (whose "full" is here "full, there"). The pictures come in an order of which
+any beginning is spread over all, and the CSV grows by a few of them at a time: stopped and started again, it goes on.
 Beside it, ``.json`` holds what every calibration found, which ``--ship`` puts into a pruner; what it holds is not made
 again.
 """
@@ -58,14 +59,14 @@ ROWS = ("default, rounded down", "stage 1 alone, a token more", "calibrated")
 class Setup:
     """The model with all pictures encoded: those to calibrate with first, then those of the evaluation."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, limit: int | None) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, limit: int | None, trained: bool = False) -> None:
         self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
         asked = [x for x in questions() if x["split"] == "seen_styles"]
         names = sorted({x["picture"] for x in asked})
         self.pictures = [name for start in range(5) for name in names[start::5]][:limit]
         self.asked = [x for name in self.pictures for x in asked if x["picture"] == name]
-        self.scenes = build("calibration", SCENES, 99, Style())
+        self.scenes = build(f"calibration{'' if trained else '_held_out'}", SCENES, 99, Style(held_out=not trained))
         images = [Image.fromarray(x) for x in self.scenes.pictures]
         images += [Image.open(TESTBED / "evaluation" / "pictures" / name).convert("RGB") for name in self.pictures]
         encoded = [self.processor.image_processor(images=[x], return_tensors="pt")["pixel_values"] for x in images]
@@ -232,6 +233,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to ask")
     parser.add_argument("--only-evaluate", action="store_true", help="no calibration that is not made yet")
+    parser.add_argument("--trained", action="store_true", help="calibrate on photographs that the model was trained on")
     parser.add_argument("--limit", type=int, help="ask about so many pictures of the evaluation")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ship", type=Path, metavar="FOLDER", help="only put what was found into this pruner")
@@ -242,7 +244,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     args.model = Path(os.path.relpath(args.model))  # the CSV names it
-    setup = Setup(args.model, getattr(torch, args.dtype), args.limit)
+    setup = Setup(args.model, getattr(torch, args.dtype), args.limit, args.trained)
     found = json.loads(path.read_text()) if args.only_evaluate else calibrate(setup, args.model, path)
     about = {
         "dtype": args.dtype,

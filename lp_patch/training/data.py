@@ -7,7 +7,8 @@ file shows, `ConversationCollator` for what only a picture or a token shows, `Pr
 import json
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,31 @@ def _message(turn: dict) -> dict:
         if text.strip():
             content.append({"type": "text", "text": text.strip()})
     return {"role": ROLES[turn["from"]], "content": content}
+
+
+def prompts(processor: Any, samples: Iterable[dict[str, Any]], batch: int = 8) -> Iterator[Any]:
+    """What `ConversationDataset` samples ask first, as the processor gives it: in batches, padded on the left.
+
+    Answers and what follows them play no part: such are the unlabelled prompts of `lp_patch.calibrate`.
+
+    Raises:
+        UnsupportedInputError: a picture cannot be opened, a sample begins with an answer or shows its pictures later.
+    """
+    left = iter(samples)
+    while some := list(islice(left, batch)):
+        texts, pictures = [], []
+        for sample in some:
+            if "fault" in sample:
+                raise UnsupportedInputError(f"{sample['name']}: {sample['fault']}")
+            asked = list(takewhile(lambda turn: turn["role"] == "user", sample["messages"]))
+            marks = sum(part["type"] == "image" for turn in asked for part in turn["content"])
+            if not asked or marks != len(sample["images"]):
+                raise UnsupportedInputError(
+                    f"{sample['name']}: its first question must show its {len(sample['images'])} pictures, not {marks}"
+                )
+            texts.append(processor.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+            pictures.append(sample["images"])
+        yield processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
 
 
 class ConversationCollator:
