@@ -83,6 +83,21 @@ def absent(objects: list[dict], draw: random.Random) -> Question:
     return existence(draw.choice([name for name in NAMES if name not in present]), [])
 
 
+def caption(objects: list[dict]) -> Question:
+    """A long answer: all objects and their corners, where they lie in one, from the top left to the bottom right."""
+
+    def corner(thing: dict) -> tuple[bool, bool]:
+        across, down = _offsets(thing)
+        return down > 0, across > 0
+
+    said = []
+    for thing in sorted(objects, key=lambda x: (*corner(x), *x["box"])):
+        clear = min(map(abs, _offsets(thing))) > MARGIN
+        words = (thing.get("colour"), thing["kind"], CORNERS[corner(thing)[::-1]] if clear else None)
+        said.append(" ".join(x for x in words if x))
+    return Question("caption", "Describe the image.", ", ".join(said), tuple(range(len(objects))), "image")
+
+
 def for_training(objects: list[dict], draw: random.Random, count: int = 12) -> list[Question]:
     """A mix of questions; count questions cover 1, 2 and 3 where the scene has them."""
     found = pool(objects)

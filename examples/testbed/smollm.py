@@ -268,7 +268,9 @@ def train(args: argparse.Namespace) -> None:
     average, step, shown_at, began = 0.0, 0, 0.0, time.time()
     while (elapsed := time.time() - began) < 60 * args.minutes:
         rows = rng.choice(len(cached), args.batch, replace=False).tolist()
-        asked = [questions.for_training(scenes.objects[i], draw) for i in rows]
+        asked = [questions.for_training(scenes.objects[i], draw, args.questions) for i in rows]
+        if args.captions:
+            asked = [[*some, questions.caption(scenes.objects[i])] for some, i in zip(asked, rows, strict=True)]
         loss, hits = run(tuned, asker, cached, scenes, rows, asked, args.tokens, rng)
         loss.backward()
         step += 1
@@ -320,6 +322,8 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=9000)
     parser.add_argument("--watch", type=int, default=96, help="held-out scenes to look at in the end")
     parser.add_argument("--batch", type=int, default=32, help="pictures a step")
+    parser.add_argument("--questions", type=int, default=12, help="a picture")
+    parser.add_argument("--captions", action="store_true", help="and one long answer, all that is in the picture")
     parser.add_argument("--start", type=Path, help="go on from these trained weights")
     parser.add_argument(
         "--tokens", type=int, nargs=2, default=(PATCHES, PATCHES), help="least and most patches of a step, at random"
