@@ -56,7 +56,7 @@ from transformers import (
 )
 
 import lp_patch
-from lp_patch import choose, early
+from lp_patch import choose, colours, early
 from lp_patch.compat import CACHE
 from lp_patch.engine import Engine
 from lp_patch.forward import Forward
@@ -589,8 +589,7 @@ def plot(path: Path) -> None:
     series: dict[tuple, list[dict]] = {}
     for x in rows:
         series.setdefault((x["model"], int(x["visual_tokens"]), int(x["batch"]), x["scorer"]), []).append(x)
-    # Okabe and Ito's colour-blind-safe palette; markers tell the series apart in print
-    styles = [("#0072b2", "o"), ("#d55e00", "s"), ("#009e73", "^"), ("#cc79a7", "D"), ("#56b4e9", "v")]
+    styles = list(zip(colours.ALL, "os^Dv", strict=False))  # markers tell the series apart in print
     patterns = [(0, (4, 2)), (0, (1, 1.2)), (0, (6, 1, 1, 1))]
     dashes = dict(zip(dict.fromkeys(visual for _, visual, *_ in series), patterns, strict=False))
     plt.rcParams.update({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})

@@ -38,6 +38,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 import lp_patch
 import lp_patch.vllm
+from lp_patch.colours import BLUE, GREEN
 
 TESTBED = Path(__file__).resolve().parent / "testbed"
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -126,7 +127,7 @@ def plot(rows: list[dict], path: Path) -> None:
         middle = [statistics.median(x) for x in values]
         both = list(zip(middle, values, strict=True))
         spread = [[m - min(x) for m, x in both], [max(x) - m for m, x in both]]
-        bars = axis.bar(names, middle, yerr=spread, color=["#999999", "#0072B2", "#009E73"][: len(names)], capsize=4)
+        bars = axis.bar(names, middle, yerr=spread, color=["#999999", BLUE, GREEN][: len(names)], capsize=4)
         axis.bar_label(bars, fmt="{:,.0f}", padding=4)
         axis.set(title=label, xlabel="visual tokens of a picture")
         axis.margins(y=0.15)

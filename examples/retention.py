@@ -23,6 +23,7 @@ import matplotlib
 import numpy as np
 
 from lp_patch.budget import default_layer
+from lp_patch.colours import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -544,18 +545,18 @@ def neighbour_tables(results: Results) -> str:
 
 # ---------------------------------------------------------------------- plot
 
-# Okabe and Ito's colours, which colour-blind people tell apart; shapes tell the two of a colour apart
+# shapes tell the two of a colour apart
 # visionzip is cls without a share of diversity, which the plain cls has not either: one line for both
 LINES = {
-    "covering": ("covering", "#D55E00", "D"),
-    "learned": ("learned", "#0072B2", "o"),
-    "oc-vtp": ("oc-vtp", "#0072B2", "<"),
-    "metacompress": ("metacompress", "#D55E00", ">"),
-    "cls, 10% diverse": ("cls, 10% diverse", "#009E73", "s"),
-    "diversity": ("diversity", "#E69F00", "^"),
-    "vispruner": ("vispruner", "#CC79A7", "v"),
-    "cls": ("cls, visionzip", "#009E73", "x"),
-    "hiprune": ("hiprune", "#56B4E9", "P"),
+    "covering": ("covering", VERMILION, "D"),
+    "learned": ("learned", BLUE, "o"),
+    "oc-vtp": ("oc-vtp", BLUE, "<"),
+    "metacompress": ("metacompress", VERMILION, ">"),
+    "cls, 10% diverse": ("cls, 10% diverse", GREEN, "s"),
+    "diversity": ("diversity", ORANGE, "^"),
+    "vispruner": ("vispruner", PURPLE, "v"),
+    "cls": ("cls, visionzip", GREEN, "x"),
+    "hiprune": ("hiprune", SKY, "P"),
     "uniform": ("uniform", "0.45", "+"),
     "random": ("random", "0.7", "."),
 }

@@ -32,6 +32,7 @@ from .answers import (
     true_averages,
     visual_tokens,
 )
+from .colours import BLUE, VERMILION
 from .config import PruningConfig, make_config
 from .errors import ConfigError, UnsupportedInputError
 from .handle import Patch
@@ -156,7 +157,7 @@ class Calibration:
                 xerr=error,
                 marker="D" if here else "o",
                 markersize=9 if here else 6,
-                color="#D55E00" if here else "#0072B2",
+                color=VERMILION if here else BLUE,
             )
         axes.set_yticks(range(len(self.tried)), [x.name for x in self.tried])
         axes.invert_yaxis()

@@ -11,6 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import colours
 from .answers import Answer, bare, check_prompts, greedy, installed, prepare, true_averages, visual_tokens
 from .config import PruningConfig
 from .errors import ConfigError
@@ -19,8 +20,6 @@ from .show import need
 
 FULL = "full"
 DRAWS = 9999
-# Okabe and Ito's colours, which colour-blind people tell apart
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKS = "osD^vP*X"
 
 Setting = PruningConfig | Mapping[str, Any]
@@ -113,8 +112,8 @@ class Evaluation:
                 [outcome.averages.mean() for outcome in found],
                 mean,
                 np.maximum((mean - low, high - mean), 0),
-                marker=MARKS[number // len(COLOURS) % len(MARKS)],
-                color=COLOURS[number % len(COLOURS)],
+                marker=MARKS[number // len(colours.ALL) % len(MARKS)],
+                color=colours.ALL[number % len(colours.ALL)],
                 linewidth=2,
                 elinewidth=1,
                 label=label,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .colours import BLUE, VERMILION
 from .errors import MissingExtraError, UnsupportedInputError, UnsupportedModelError
 from .locate import Located, frame_array, frames_of, locate, shapes_of
 from .registry import Parts
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 # Okabe and Ito's colour-blind-safe palette
-INK, MUTED, STAGE_1, STAGE_2 = "#1a1a1a", "#6b6b6b", "#0072b2", "#d55e00"
+INK, MUTED, STAGE_1, STAGE_2 = "#1a1a1a", "#6b6b6b", BLUE, VERMILION
 SIDE = 512  # pixels of a panel's longer side
 FRAMES = 8  # of a video that are drawn
 
