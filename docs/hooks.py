@@ -11,6 +11,7 @@ PUBLISHED = (
     "LICENSE",
     "CITATION.cff",
     "docs/*.md",
+    "docs/*.css",
     "examples/*.ipynb",
     "examples/results/*",
     "examples/testbed/*.md",

@@ -479,3 +479,24 @@ def test_the_shipped_lora_is_merged_and_goes_with_the_shipped_pruner() -> None:
         assert all(len(kept) < 576 for kept in patch.trace.stage1)
     said = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert [x.strip() for x in said] == [x["answer"] for x in demo["questions"]]
+
+
+def test_captions_and_their_score() -> None:
+    """A long answer names every thing in reading order and its corner where it lies in one; F1 counts what is named."""
+    sys.path.insert(0, str(EXAMPLES / "testbed"))
+    try:
+        from long_answers import f1
+        from questions import caption
+    finally:
+        sys.path.pop(0)
+    things = [
+        {"kind": "panda", "box": [300, 300, 330, 330]},
+        {"kind": "sign", "box": [10, 20, 60, 60], "colour": "red"},
+        {"kind": "tent", "box": [150, 20, 190, 60]},  # on the line between left and right
+        {"kind": "panda", "box": [250, 300, 290, 330]},
+    ]
+    said = caption(things).answer
+    assert said == "red sign top left, tent, panda bottom right, panda bottom right"
+    assert f1(said, said) == 1
+    assert f1("panda bottom right", said) == pytest.approx(2 * 1 / (1 + 4)), "one of two pandas, none of the others"
+    assert f1("cat", said) == 0

@@ -46,6 +46,13 @@ def test_commands(command, capsys, tmp_path, monkeypatch):
     assert capsys.readouterr().out
 
 
+def test_every_public_name_is_on_the_api_page():
+    page = (ROOT / "docs" / "api.md").read_text()
+    listed = re.findall(r"^        - (\w+)$", page, re.MULTILINE)
+    alone = re.findall(r"^::: lp_patch\.(\w+)\.\1$", page, re.MULTILINE)
+    assert sorted([*listed, *alone, "__version__"]) == sorted(lp_patch.__all__)
+
+
 def test_files_exist():
     for page in PAGES:
         text = (ROOT / "docs" / f"{page}.md").read_text()

@@ -90,7 +90,7 @@ def run(setup: Setup, pruner: Path, output: Path, about: dict[str, str]) -> None
                 found[name] = result.to_dict()
                 path.write_text(json.dumps(found, indent=1) + "\n")
             chosen = {x: found[name]["config"][x] for x in ("layer", "stage_ratio")}
-            ways = ({}, {"stage_ratio": 1}, chosen)
+            ways = ({"stage_ratio": 3.0}, {"stage_ratio": 1}, chosen)
             settings = {
                 f"{name}: {row}": {**start, "tokens": tokens, "rounding": "down", **way}
                 for row, way in zip(ROWS, ways, strict=True)
