@@ -1,6 +1,6 @@
-"""lp_patch: visual-token pruning for vision-language models, as one line on a stock transformers model.
+"""Visual-token pruning for vision-language models, as one line on a stock transformers model.
 
-    patch = lp_patch.apply(model)
+That line is ``patch = lp_patch.apply(model)``.
 """
 
 from pathlib import Path as _Path
