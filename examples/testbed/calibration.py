@@ -39,7 +39,7 @@ sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "testbed")]
 from evaluate import TOKENS, RememberedTower
 from questions import for_training
 from retention import ALONE, STUDIES, TESTBED, Cell, base, bits, load, questions, text_mode
-from scenes import RUNS, Style, build
+from scenes import RUNS, SceneSet, Style, build
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import lp_patch
@@ -59,14 +59,16 @@ ROWS = ("default, rounded down", "stage 1 alone, a token more", "calibrated")
 class Setup:
     """The model with all pictures encoded: those to calibrate with first, then those of the evaluation."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype, limit: int | None, trained: bool = False) -> None:
+    def __init__(
+        self, folder: Path, dtype: torch.dtype, limit: int | None, trained: bool = False, seed: int = 99
+    ) -> None:
         self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
         asked = [x for x in questions() if x["split"] == "seen_styles"]
         names = sorted({x["picture"] for x in asked})
         self.pictures = [name for start in range(5) for name in names[start::5]][:limit]
         self.asked = [x for name in self.pictures for x in asked if x["picture"] == name]
-        self.scenes = build(f"calibration{'' if trained else '_held_out'}", SCENES, 99, Style(held_out=not trained))
+        self.scenes = scenes
         images = [Image.fromarray(x) for x in self.scenes.pictures]
         images += [Image.open(TESTBED / "evaluation" / "pictures" / name).convert("RGB") for name in self.pictures]
         encoded = [self.processor.image_processor(images=[x], return_tensors="pt")["pixel_values"] for x in images]
@@ -234,6 +236,7 @@ def main() -> None:
     parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS), help="what to ask")
     parser.add_argument("--only-evaluate", action="store_true", help="no calibration that is not made yet")
     parser.add_argument("--trained", action="store_true", help="calibrate on photographs that the model was trained on")
+    parser.add_argument("--seed", type=int, default=99, help="of the scenes to calibrate on")
     parser.add_argument("--limit", type=int, help="ask about so many pictures of the evaluation")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--ship", type=Path, metavar="FOLDER", help="only put what was found into this pruner")
@@ -244,7 +247,9 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     args.model = Path(os.path.relpath(args.model))  # the CSV names it
-    setup = Setup(args.model, getattr(torch, args.dtype), args.limit, args.trained)
+    name = f"calibration_{args.seed}{'_trained' * args.trained}"
+    scenes = build(name, SCENES, args.seed, Style(held_out=not args.trained))
+    setup = Setup(args.model, getattr(torch, args.dtype), args.limit, scenes)
     found = json.loads(path.read_text()) if args.only_evaluate else calibrate(setup, args.model, path)
     about = {
         "dtype": args.dtype,
