@@ -59,9 +59,7 @@ ROWS = ("default, rounded down", "stage 1 alone, a token more", "calibrated")
 class Setup:
     """The model with all pictures encoded: those to calibrate with first, then those of the evaluation."""
 
-    def __init__(
-        self, folder: Path, dtype: torch.dtype, limit: int | None, trained: bool = False, seed: int = 99
-    ) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype, limit: int | None, scenes: SceneSet) -> None:
         self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
         asked = [x for x in questions() if x["split"] == "seen_styles"]
