@@ -9,18 +9,41 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from .calibrate import calibrate
+import torch
+
+from .calibrate import SEARCHED, calibrate
 from .check import check
-from .config import PruningConfig
+from .config import PruningConfig, make_config
 from .errors import LpPatchError
 from .loading import QUESTION, ask, load, skeleton
 from .patch import applied, apply
+from .strategies import SCORERS, TEXT_SCORERS
 
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+OPTIONS = {
+    "tokens": "visual tokens of an image, the average over all decoder layers",
+    "ratio": "the same as a share of the image's own tokens, in place of --tokens (default: 2/9)",
+    "layer": "stage 2 cuts after this many decoder layers (default: by the model's depth)",
+    "stage_ratio": "tokens before that cut over tokens after it; 1: no stage 2",
+    "diversity": "share of stage 1 that is chosen to be far apart",
+    "scorer": "who chooses in stage 1; auto: the pruner's way with a pruner, else diversity",
+    "text_scorer": "who chooses in stage 2",
+    "final_wipe_layer": "no visual token at all from this many layers on (default: never)",
+    "positions": "position ids of what is kept",
+    "seed": "of strategies that draw",
+    "rounding": "up, as in the paper, may exceed the budget by a token or two; down never does",
+}
+CHOICES = {
+    "scorer": ("auto", *SCORERS),
+    "text_scorer": tuple(TEXT_SCORERS),
+    "positions": ("original", "compact"),
+    "rounding": ("up", "down"),
+}
 EPILOG = "MODEL is a folder or a Hub id. lp-patch COMMAND --help describes each command."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status, 1 where `check` finds that the model does not fit."""
+    """Run the command line; the exit status is 1 where `check` finds that the model does not fit, 2 for an error."""
     parser = argparse.ArgumentParser(prog="lp-patch", description="Visual-token pruning.", epilog=EPILOG)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for add in (_add_check, _add_bench, _add_calibrate, _add_show, _add_train):
@@ -28,9 +51,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         return given.run(given)
-    except LpPatchError as error:
+    except (LpPatchError, OSError) as error:  # the latter: a file, a picture or a checkpoint that cannot be read
         print(f"lp-patch: {error}", file=sys.stderr)
-        return 1
+        return 2
 
 
 def _command(commands: Any, run: Any, text: str) -> argparse.ArgumentParser:
@@ -41,19 +64,40 @@ def _command(commands: Any, run: Any, text: str) -> argparse.ArgumentParser:
     return added
 
 
-def _add_options(parser: argparse.ArgumentParser) -> None:
+def _add_options(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     """The options of `apply`; what is not given stays what the library has as its default."""
     kinds = get_type_hints(PruningConfig)
-    group = parser.add_argument_group("pruning", "options of lp_patch.apply; see docs or help(lp_patch.PruningConfig)")
+    group = parser.add_argument_group("pruning", "options of lp_patch.apply, see help(lp_patch.PruningConfig)")
     for field in dataclasses.fields(PruningConfig):
-        shown = "" if field.default is None else f"default: {field.default}"
-        group.add_argument(_flag(field.name), type=_plain(kinds[field.name]), default=argparse.SUPPRESS, help=shown)
+        if field.name in without:
+            continue
+        shown = OPTIONS[field.name] + ("" if field.default is None else f" (default: {field.default})")
+        group.add_argument(
+            _flag(field.name),
+            type=_plain(kinds[field.name]),
+            choices=CHOICES.get(field.name),
+            default=argparse.SUPPRESS,
+            help=shown,
+        )
     group.add_argument("--pruner", default=argparse.SUPPRESS, help="trained stage-1 weights: a folder or a Hub id")
+    if "config" not in without:
+        group.add_argument(
+            "--settings",
+            dest="config",
+            metavar="FOLDER",
+            type=_folder,
+            default=argparse.SUPPRESS,
+            help="what lp-patch calibrate or Patch.save_pretrained wrote; options override it",
+        )
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
-    names = [*(field.name for field in dataclasses.fields(PruningConfig)), "pruner"]
-    return {name: getattr(given, name) for name in names if hasattr(given, name)}
+    """What `apply` is called with; checked here, before a model is loaded."""
+    names = {field.name for field in dataclasses.fields(PruningConfig)}
+    options = {name: getattr(given, name) for name in (*names, "pruner", "config", "compile") if hasattr(given, name)}
+    base = PruningConfig.load(options["config"]) if "config" in options else None
+    make_config(base, {name: x for name, x in options.items() if name in names})
+    return options
 
 
 def _add_check(commands: Any) -> None:
@@ -63,17 +107,19 @@ def _add_check(commands: Any) -> None:
         "does a model fit, and where would it be cut: tried on a tiny twin of its config, no weights are loaded. Exit "
         "status 1 if it does not fit.",
     )
-    added.add_argument("--visual-tokens", type=int, default=576, help="of the picture counted for (%(default)s)")
+    added.add_argument(
+        "--visual-tokens", type=_count, default=576, help="how many an image has, to say what is left (%(default)s)"
+    )
     _add_options(added)
 
 
 def _check(given: argparse.Namespace) -> int:
-    model = skeleton(given.model)
+    options, model = _options(given), skeleton(given.model)
     found = check(model)
     print(found)
     if not found.ok:
         return 1
-    patch = apply(model, **_options(given))
+    patch = apply(model, **options)
     budget, n_layers, layer = patch.budget(given.visual_tokens), *patch.cuts
     print(
         f"\n{patch}\nof {given.visual_tokens} visual tokens: {budget.stage1} in decoder layers 1 to {layer}, "
@@ -90,9 +136,15 @@ def _add_bench(commands: Any) -> None:
     )
     added.add_argument("--image", type=Path, help="the picture (default: noise of 672 x 504 pixels)")
     added.add_argument("--question", default=QUESTION, help="(%(default)s)")
-    added.add_argument("--runs", type=int, default=5, help="turns that count (%(default)s)")
-    added.add_argument("--new-tokens", type=int, default=16, help="of each answer (%(default)s)")
+    added.add_argument("--runs", type=_count, default=5, help="turns that count (%(default)s)")
+    added.add_argument("--new-tokens", type=_count, default=16, help="of each answer (%(default)s)")
     added.add_argument("--csv", type=Path, help="write the table to this file")
+    added.add_argument(
+        "--compile",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="apply(model, compile=True), for one picture on a GPU",
+    )
     _add_machine(added)
     _add_options(added)
 
@@ -100,8 +152,11 @@ def _add_bench(commands: Any) -> None:
 def _bench(given: argparse.Namespace) -> int:
     from .bench import bench
 
-    model, processor = load(given.model, given.device, given.dtype)
+    options = _options(given)
     picture = _noise() if given.image is None else _open(given.image)
+    if given.csv is not None:
+        _made(given.csv.parent)
+    model, processor = load(given.model, given.device, given.dtype)
     measured = bench(
         model,
         processor,
@@ -109,7 +164,7 @@ def _bench(given: argparse.Namespace) -> int:
         given.question,
         runs=given.runs,
         new_tokens=given.new_tokens,
-        options=_options(given),
+        options=options,
     )
     print(measured)
     if given.csv is not None:
@@ -130,23 +185,27 @@ def _add_calibrate(commands: Any) -> None:
     )
     added.add_argument("--images", type=Path, help="folder of the pictures (default: the file's)")
     added.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="for the settings")
-    added.add_argument("--prompts", type=int, default=96, help="drawn from the file, what is asked first (%(default)s)")
-    added.add_argument("--batch", type=int, default=8, help="prompts at a time (%(default)s)")
-    added.add_argument("--answer-tokens", type=int, default=32, help="of each answer, at most (%(default)s)")
-    added.add_argument("--plot", type=Path, metavar="PNG", help="draw the settings tried")
+    added.add_argument(
+        "--prompts", type=_count, default=96, help="so many of its samples, drawn at random (%(default)s)"
+    )
+    added.add_argument("--batch", type=_count, default=8, help="prompts at a time (%(default)s)")
+    added.add_argument("--answer-tokens", type=_count, default=32, help="of each answer, at most (%(default)s)")
+    added.add_argument("--plot", type=_picture, metavar="OUT.png", help="draw the settings tried")
     _add_machine(added)
-    _add_options(added)
+    _add_options(added, without=(*SEARCHED, "config"))
 
 
 def _calibrate(given: argparse.Namespace) -> int:
     from .training.data import ConversationDataset, prompts
 
-    data = ConversationDataset(given.data, given.images)
+    options, data = _options(given), ConversationDataset(given.data, given.images)
+    for folder in (given.output, *([given.plot.parent] if given.plot else [])):
+        _made(folder)
     drawn = random.Random(0).sample(range(len(data)), min(given.prompts, len(data)))
     model, processor = load(given.model, given.device, given.dtype)
     asked = prompts(processor, (data[index] for index in drawn), given.batch)
     found = calibrate(
-        model, (x.to(model.device, model.dtype) for x in asked), answer_tokens=given.answer_tokens, **_options(given)
+        model, (x.to(model.device, model.dtype) for x in asked), answer_tokens=given.answer_tokens, **options
     )
     print(found)
     found.save(given.output)
@@ -161,17 +220,18 @@ def _add_show(commands: Any) -> None:
     added = _command(commands, _show, "draw what was kept of a picture for a question: Patch.show.")
     added.add_argument("picture", type=Path, metavar="PICTURE")
     added.add_argument("question", metavar="QUESTION")
-    added.add_argument("output", type=Path, metavar="OUT.png")
-    added.add_argument("--new-tokens", type=int, default=64, help="of the answer, at most (%(default)s)")
+    added.add_argument("output", type=_picture, metavar="OUT.png")
+    added.add_argument("--new-tokens", type=_count, default=64, help="of the answer, at most (%(default)s)")
     _add_machine(added)
     _add_options(added)
 
 
 def _show(given: argparse.Namespace) -> int:
+    options, picture = _options(given), _open(given.picture)
+    _made(given.output.parent)
     model, processor = load(given.model, given.device, given.dtype)
-    picture = _open(given.picture)
     inputs = ask(processor, picture, given.question).to(model.device, model.dtype)
-    with applied(model, **_options(given)) as patch:
+    with applied(model, **options) as patch:
         output = model.generate(**inputs, max_new_tokens=given.new_tokens, do_sample=False)
         answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
         patch.show(picture, processor=processor, title=f"{given.question}  {answer}", path=given.output)
@@ -202,7 +262,8 @@ def _add_train(commands: Any) -> None:
             added.add_argument(_flag(field.name), choices=get_args(kind), default=field.default, help=shown)
         else:
             shown = text if field.default is None else f"{text} ({field.default})"
-            added.add_argument(_flag(field.name), type=_plain(kind), default=field.default, help=shown)
+            kind = _count if field.name in ("batch", "accumulate", "save_steps") else _plain(kind)
+            added.add_argument(_flag(field.name), type=kind, default=field.default, help=shown)
 
 
 def _train(given: argparse.Namespace) -> int:
@@ -213,8 +274,44 @@ def _train(given: argparse.Namespace) -> int:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="as torch names it (default: a GPU if there is one)")
-    parser.add_argument("--dtype", default="auto", help="as torch names it (default: the checkpoint's)")
+    parser.add_argument("--device", type=_device, help="as torch names it (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (default: the checkpoint's)")
+
+
+def _count(text: str) -> int:
+    """A number of things, at least one."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _device(text: str) -> str:
+    """A device that is here."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError) as error:  # torch has its own for each backend that it lacks
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {str(error).splitlines()[0]}") from None
+    return text
+
+
+def _folder(text: str) -> Path:
+    """A folder that is there."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"must be a folder, got {text!r}")
+    return Path(text)
+
+
+def _picture(text: str) -> Path:
+    """A picture to write, in a folder that is made."""
+    path = Path(text)
+    if path.suffix.lower() != ".png":
+        raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
+    return path
+
+
+def _made(folder: Path) -> None:
+    """Make a folder now, before the work whose result goes there."""
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _flag(name: str) -> str:

@@ -8,7 +8,7 @@ from .config import PruningConfig, make_config
 from .errors import ConfigError
 
 FOR = ("scorer", "text_scorer", "tokens", "ratio")
-GIVES = ("layer", "stage_ratio")
+GIVES = ("layer", "stage_ratio", "rounding")
 NOTES = ("prompts",)  # on how many it was measured
 # who gives one of these by name has said otherwise
 CONTRARY = (*GIVES, "final_wipe_layer")

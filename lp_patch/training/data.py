@@ -52,7 +52,10 @@ class ConversationDataset(Dataset):
         path = Path(path)
         if not 0 < share <= 1:
             raise ConfigError(f"share must lie in (0, 1], got {share!r}")
-        content = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UnsupportedInputError(f"{str(path)!r} is not JSON: {error}") from error
         if not isinstance(content, list) or not all(isinstance(x, dict) and "conversations" in x for x in content):
             raise UnsupportedInputError(
                 f'{str(path)!r} must hold a list of samples with "conversations", as LLaVA\'s files do'
