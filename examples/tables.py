@@ -49,7 +49,7 @@ def speed() -> str:
     if gpu:
         hosts.append(
             f"- GPU: {gpu[0]['device']}, bfloat16, torch {gpu[0]['torch']}, transformers {gpu[0]['transformers']}; "
-            "`generate` makes 2 tokens; a token is one of a dynamic cache."
+            "`generate` makes 2 tokens, with `compile=True`; a token is one of a dynamic cache."
         )
     else:
         hosts.append("- GPU: not measured yet; `python examples/benchmark.py --device cuda` does it.")
@@ -154,9 +154,9 @@ CACHE, PEAK = "KV cache after a prefill", "peak memory of a prefill beside the w
 def figures() -> str:
     """README's three figures, each where pruning pays and where it does not."""
 
-    def kept(study: str, **options: object) -> str:
+    def kept(study: str, start: retention.Cell, **options: object) -> str:
         results = retention.STUDIES[study].results()
-        cell = replace(retention.base("covering", "learned"), tokens=32, **(options or results.both))
+        cell = replace(start, tokens=32, **(options or results.both))
         share, low, high = (100 * x for x in results.retained(retention.SPLITS[0], cell))
         average = results.mean(retention.SPLITS[0], cell, "average")
         return f"**{share:.1f} %** ({low:.1f} to {high:.1f}) at {average:.1f} tokens"
@@ -172,11 +172,17 @@ def figures() -> str:
     caches = [gpu(CACHE, variant, "LLaVA-1.5-7B") for variant in ("stock", "patched")]
     peaks = [gpu(PEAK, variant, "Qwen2.5-VL-7B") for variant in ("stock", "patched")]
     llava = "LLaVA-1.5-7B"
+    free, trained = retention.base("diversity"), retention.base("covering", "learned")
     rows = [
         (
-            "accuracy, of that with all tokens",
-            f"{kept('model')} on average: a small model, trained pruner, both stages",
-            f"{kept('smollm', **retention.ALONE)}: a larger one, which never missed a token in training",
+            "accuracy of all tokens' that `apply(model)` keeps, without weights",
+            f"{kept('model', free)}: a small model that learned to miss tokens",
+            f"{kept('smollm', free)}: a larger one that never missed any, as your model",
+        ),
+        (
+            'the same with a trained pruner, `scorer="covering"`',
+            f"{kept('model', trained)}: that small model",
+            f"{kept('smollm', trained, **retention.ALONE)}: that larger one, without the second stage",
         ),
         (
             "prefill",

@@ -157,9 +157,10 @@ class Patch:
     def __repr__(self) -> str:
         c, shape = self.config, self._settings.shape
         budget = f"tokens={c.tokens}" if c.tokens is not None else f"ratio={c.ratio:.4g}"
+        budget += ", rounded down" if c.rounding == "down" else ""
         stages = f"{self._settings.scorer.name!r} before the LLM"
         if c.stage_ratio > 1:
-            stages += f", {c.text_scorer!r} after layer {shape.layer} of {shape.n_layers}"
+            stages += f", {c.text_scorer!r} after layer {shape.layer} of {shape.n_layers} at {c.stage_ratio:g} : 1"
         if shape.wipe_layer is not None:
             stages += f", none after layer {shape.wipe_layer}"
         state = "active" if self.active else "removed"

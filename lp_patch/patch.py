@@ -69,8 +69,8 @@ def apply(
             base warns. None: for a scorer that reads one, and for "auto", the pruner that belongs to the model's
             checkpoint, which is the folder ``lp_patch_pruner`` inside a local one, or a
             `lp_patch.pruner.KNOWN_PRUNERS` entry; without one "auto" is training-free. A settings folder without a
-            pruner means none. Where it recommends `layer` and `stage_ratio` for this strategy and this very budget,
-            they are taken, unless `config` is a whole `PruningConfig` or a folder, or an option among these two and
+            pruner means none. Where it recommends `layer`, `stage_ratio` and `rounding` for this strategy and this very
+            budget, they are taken, unless `config` is a whole `PruningConfig` or a folder, or one of these or
             `final_wipe_layer` is named.
         compile: run the prefill in captured regions (CUDA graphs), where the host takes longer than the device: short
             prompts, batch 1. Each shape is captured at its first call, which takes about as long as five others; at
