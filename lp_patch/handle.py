@@ -45,7 +45,12 @@ class Patch:
 
     def report(self) -> Report:
         """What the latest prefill saved; print it, or read its fields."""
-        parts, record, layer = self._parts, self._engine.record, self._settings.shape.layer
+        parts, record, shape = self._parts, self._engine.record, self._settings.shape
+        settings = {**asdict(self.config), "layer": shape.layer, "scorer": self._settings.scorer.name}
+        stage_1 = shape.layer
+        if self.config.stage_ratio == 1:
+            stage_1 = shape.wipe_layer or shape.n_layers
+            settings |= {"layer": None, "text_scorer": None}
         tower = None if parts.adapter.tower is None else parts.adapter.tower(parts.base)
         trace, encoded = (None, []) if record is None else (record.trace(), record.encoded)
         model = parts.language_model
@@ -54,10 +59,10 @@ class Patch:
             parts.layers,
             model.config,
             model.dtype.itemsize,
-            layer,
+            stage_1,
             parts.kinds,
             part_costs(encoded, tower, parts.projector),
-            {**asdict(self.config), "layer": layer, "scorer": self._settings.scorer.name},
+            settings,
         )
 
     def show(

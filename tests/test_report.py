@@ -138,6 +138,16 @@ def test_settings_are_those_that_ran():
     )
 
 
+@pytest.mark.parametrize(("wipe", "stages"), [(None, "111111"), (5, "11111w")])
+def test_without_stage_2_none_is_shown(wipe, stages):
+    model = tiny_llava(dtype=torch.float32)
+    with torch.no_grad(), lp_patch.applied(model, tokens=4, stage_ratio=1, final_wipe_layer=wipe) as patch:
+        model(**inputs_for(model))
+    report = patch.report()
+    assert "".join(x.stage[0] for x in report.layers) == stages
+    assert report.settings["layer"] is None and "text_scorer" not in str(report)
+
+
 def test_everything_goes_through_json():
     report, trace = report_of(tiny_llava(), tokens=5, final_wipe_layer=5)
     found = json.loads(json.dumps(report.to_dict()))
