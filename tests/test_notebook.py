@@ -10,7 +10,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of the kernel's client
-def test_tour():
+def test_tour(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # more threads wait for each other where the machine is busy
     notebook = nbformat.read(EXAMPLES / "tour.ipynb", as_version=4)
     nbclient.NotebookClient(notebook, timeout=240, resources={"metadata": {"path": str(EXAMPLES)}}).execute()
     shown = [out for cell in notebook.cells if cell.cell_type == "code" for out in cell.outputs]
