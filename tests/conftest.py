@@ -52,11 +52,11 @@ def few_threads():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--matrix", action="store_true", help="note the outcomes for the README's tables")
+    parser.addoption("--matrix", action="store_true", help="note the outcomes for the tables of docs")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "matrix: a long test that the README's tables need: --matrix runs it")
+    config.addinivalue_line("markers", "matrix: a long test that the tables of docs need: --matrix runs it")
     if config.getoption("--matrix") and config.option.markexpr == "not long":
         config.option.markexpr = "not long or matrix"
 

@@ -1,7 +1,7 @@
-"""The README's tables of families and modes, from what the tests said under each version of transformers.
+"""The tables of families and modes in docs, from what the tests said under each version of transformers.
 
 `python -m pytest --matrix` notes the outcomes in `tests/matrix/<version>.json`, also of single test functions (whole
-ones, with all their parameters); `examples/tables.py` puts the tables into the README. A cell is "yes" only where all
+ones, with all their parameters); `examples/tables.py` puts the tables into the pages. A cell is "yes" only where all
 its tests that ran passed, and says what a version or a family cannot do.
 """
 

@@ -1,7 +1,7 @@
 """Every family under everything that people do with a model, against the masked oracle.
 
-What a family alone needs, and more options, stand in its own test file; `tests/matrix.py` makes the README's table of
-both. A cell of it that is no plain yes is what a test here asserts and records.
+What a family alone needs, and more options, stand in its own test file; `tests/matrix.py` makes the table of docs/modes.md
+from both. A cell of it that is no plain yes is what a test here asserts and records.
 """
 
 import copy
@@ -29,7 +29,7 @@ every = pytest.mark.parametrize("family", FAMILIES)
 
 
 def mostly_long(*normal):
-    """Every family; all but these in the long tier, and for the README's table."""
+    """Every family; all but these in the long tier, and for docs/modes.md's table."""
     return pytest.mark.parametrize("family", [x if x in normal else pytest.param(x, marks=LONG) for x in FAMILIES])
 
 

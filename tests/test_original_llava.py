@@ -79,7 +79,7 @@ def test_forward(case, side):
 
 @pytest.mark.skipif(CACHE != "cache", reason="before transformers 5.24 it can")
 def test_from_5_24_on_the_package_cannot_generate_unpatched():
-    """Once this fails, `tiny.ORIGINAL_GENERATES` and the README's table are wrong."""
+    """Once this fails, `tiny.ORIGINAL_GENERATES` and the table of docs/modes.md are wrong."""
     assert not ORIGINAL_GENERATES
     with pytest.raises(TypeError, match="unexpected keyword argument 'cache'"):
         generate(tiny(), torch.tensor([[5, 6, 7, 8]]))
