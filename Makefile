@@ -48,14 +48,16 @@ test-transformers: .venv/ready
 .venv/transformers-%: .venv/ready
 	$(BIN)/pip install --quiet --target $@ "transformers==$*"
 
+# VERSIONS: which of them run the tests of every mode
+VERSIONS ?= $(OLDER)
 test-older: $(OLDER:%=.venv/transformers-%)
-	for version in $(OLDER); do \
+	for version in $(VERSIONS); do \
 	  PYTHONPATH=.venv/transformers-$$version $(BIN)/python -m pytest -n 2 $(FLAGS) -W ignore::DeprecationWarning \
 	    tests/test_forward.py tests/test_generate.py tests/test_lifecycle.py tests/test_wrappers.py tests/test_gate.py tests/test_original_llava.py tests/test_testbed.py || exit 1; \
 	done
 	PYTHONPATH=.venv/transformers-5.23.0 $(BIN)/python -m pytest -n 2 -W ignore::DeprecationWarning tests/test_types.py \
 	  -k "(test_forward or test_generate) and not kimi" tests/test_mapping.py || exit 1
-	for version in $(filter-out 4.%,$(OLDER)); do \
+	for version in $(filter-out 4.%,$(VERSIONS)); do \
 	  PYTHONPATH=.venv/transformers-$$version $(BIN)/python -m pytest -n 2 -W ignore::DeprecationWarning tests/test_families.py -k $(EVERY) || exit 1; \
 	done
 

@@ -1,6 +1,6 @@
 """Every family under everything that people do with a model, against the masked oracle.
 
-What a family alone needs, and more options, stand in its own test file; `tests/matrix.py` makes the table of docs/modes.md
+What a family alone needs, and more options, stand in its own file; `tests/matrix.py` makes the table of docs/modes.md
 from both. A cell of it that is no plain yes is what a test here asserts and records.
 """
 
