@@ -5,6 +5,7 @@ import dataclasses
 import random
 import sys
 import types
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -204,9 +205,10 @@ def _calibrate(given: argparse.Namespace) -> int:
     drawn = random.Random(0).sample(range(len(data)), min(given.prompts, len(data)))
     model, processor = load(given.model, given.device, given.dtype)
     asked = prompts(processor, (data[index] for index in drawn), given.batch)
-    found = calibrate(
-        model, (x.to(model.device, model.dtype) for x in asked), answer_tokens=given.answer_tokens, **options
-    )
+    asked = (x.to(model.device, model.dtype) for x in asked)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "lp_patch.calibrate: ")  # what is printed says it too
+        found = calibrate(model, asked, answer_tokens=given.answer_tokens, **options)
     print(found)
     found.save(given.output)
     print(f"wrote {given.output}")
