@@ -175,7 +175,7 @@ def figures() -> str:
     free, trained = retention.base("diversity"), retention.base("covering", "learned")
     rows = [
         (
-            "accuracy of all tokens' that `apply(model)` keeps, without weights",
+            "accuracy of all tokens' that `apply(model, tokens=32)` keeps, without weights",
             f"{kept('model', free)}: a small model that learned to miss tokens",
             f"{kept('smollm', free)}: a larger one that never missed any, as your model",
         ),

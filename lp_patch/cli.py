@@ -156,7 +156,7 @@ def _bench(given: argparse.Namespace) -> int:
     options = _options(given)
     picture = _noise() if given.image is None else _open(given.image)
     if given.csv is not None:
-        _made(given.csv.parent)
+        given.csv.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load(given.model, given.device, given.dtype)
     measured = bench(
         model,
@@ -201,7 +201,7 @@ def _calibrate(given: argparse.Namespace) -> int:
 
     options, data = _options(given), ConversationDataset(given.data, given.images)
     for folder in (given.output, *([given.plot.parent] if given.plot else [])):
-        _made(folder)
+        folder.mkdir(parents=True, exist_ok=True)
     drawn = random.Random(0).sample(range(len(data)), min(given.prompts, len(data)))
     model, processor = load(given.model, given.device, given.dtype)
     asked = prompts(processor, (data[index] for index in drawn), given.batch)
@@ -230,7 +230,7 @@ def _add_show(commands: Any) -> None:
 
 def _show(given: argparse.Namespace) -> int:
     options, picture = _options(given), _open(given.picture)
-    _made(given.output.parent)
+    given.output.parent.mkdir(parents=True, exist_ok=True)
     model, processor = load(given.model, given.device, given.dtype)
     inputs = ask(processor, picture, given.question).to(model.device, model.dtype)
     with applied(model, **options) as patch:
@@ -304,16 +304,11 @@ def _folder(text: str) -> Path:
 
 
 def _picture(text: str) -> Path:
-    """A picture to write, in a folder that is made."""
+    """A picture to write."""
     path = Path(text)
     if path.suffix.lower() != ".png":
         raise argparse.ArgumentTypeError(f"must end in .png, got {text!r}")
     return path
-
-
-def _made(folder: Path) -> None:
-    """Make a folder now, before the work whose result goes there."""
-    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _flag(name: str) -> str:

@@ -20,7 +20,6 @@ from .trace import Record
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# Okabe and Ito's colour-blind-safe palette
 INK, MUTED, STAGE_1, STAGE_2 = "#1a1a1a", "#6b6b6b", BLUE, VERMILION
 SIDE = 512  # pixels of a panel's longer side
 FRAMES = 8  # of a video that are drawn

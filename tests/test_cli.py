@@ -49,6 +49,17 @@ def test_bench(capsys, tmp_path):
     assert float(stock["prefill"]) > float(patched["prefill"]) / 2
 
 
+@pytest.mark.filterwarnings("ignore:compile=True captures CUDA graphs")
+def test_bench_compiled(capsys, tmp_path):
+    """The option reaches the patch; inside a captured region the tower has no clock of its own."""
+    path = tmp_path / "bench.csv"
+    shared = ["--image", PICTURE, "--runs", "1", "--new-tokens", "2", "--tokens", "32", "--csv", str(path)]
+    assert main(["bench", MODEL, *shared, "--compile"]) == 0
+    with path.open(newline="") as file:
+        stock, patched = csv.DictReader(file)
+    assert float(stock["tower"]) > 0 and float(patched["tower"]) == 0
+
+
 def test_calibrate(capsys, tmp_path):
     """Settings from a file of conversations: `apply` takes the folder, the plot is drawn."""
     data, shared = tmp_path / "asked.json", ["--images", str(TESTBED), "--tokens", "32", "--answer-tokens", "2"]

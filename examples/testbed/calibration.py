@@ -106,7 +106,7 @@ def calibrate(setup: Setup, folder: Path, path: Path) -> dict[str, dict]:
             result = lp_patch.calibrate(setup.model, known, tokens=tokens, scorer=scorer, pruner=pruner)
             print(result, flush=True)
             found[f"{scorer} {tokens}"] = {**result.to_dict(), "recommendation": result.recommendation()}
-            path.write_text(json.dumps(found, indent=1) + "\n")
+            path.write_text(json.dumps(found) + "\n")
     return found
 
 
@@ -226,6 +226,19 @@ def ship(found: dict[str, dict], folder: Path) -> None:
     pruner.save_pretrained(folder)
 
 
+def about(dtype: str) -> dict[str, str]:
+    """What each row says of the run that made it."""
+    return {
+        "dtype": dtype,
+        "device": "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "lp_patch": lp_patch.__version__,
+        "date": datetime.date.today().isoformat(),
+        "command": shlex.join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+    }
+
+
 def main() -> None:
     """Calibrate, evaluate, compare; or ship what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -249,20 +262,12 @@ def main() -> None:
     scenes = build(name, SCENES, args.seed, Style(held_out=not args.trained))
     setup = Setup(args.model, getattr(torch, args.dtype), args.limit, scenes)
     found = json.loads(path.read_text()) if args.only_evaluate else calibrate(setup, args.model, path)
-    about = {
-        "dtype": args.dtype,
-        "device": "CPU",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lp_patch": lp_patch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "examples/testbed/calibration.py", *sys.argv[1:]]),
-    }
+    run = about(args.dtype)
     beside = known(setup, STUDIES["smollm" if "smollm" in args.model.name else "model"].path)
     asked = settings(args.model, found, args.rows)
     for result in evaluate(setup, asked, beside, RUNS / "calibration" / args.output.stem):
         print(result, verdict(result), sep="\n\n", flush=True)
-        result.save(args.output, **about)
+        result.save(args.output, **run)
 
 
 if __name__ == "__main__":

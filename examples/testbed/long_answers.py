@@ -13,23 +13,20 @@ not made again.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import transformers
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path[:0] = [str(ROOT / "examples"), str(ROOT / "examples" / "testbed")]
 
-from calibration import BATCH, BUDGETS
+from calibration import BATCH, BUDGETS, about
 from evaluate import TOKENS, RememberedTower
 from questions import caption
 from scenes import RUNS, Style, build
@@ -74,7 +71,7 @@ class Setup:
             yield {**self.processor.tokenizer(texts, return_tensors="pt"), "pixel_values": torch.tensor(numbers)}
 
 
-def run(setup: Setup, pruner: Path, output: Path, about: dict[str, str]) -> None:
+def run(setup: Setup, pruner: Path, output: Path) -> None:
     """Calibrate, ask, write: one strategy and budget after the other."""
     path = output.with_suffix(".json")
     found = json.loads(path.read_text()) if path.exists() else {}
@@ -88,7 +85,7 @@ def run(setup: Setup, pruner: Path, output: Path, about: dict[str, str]) -> None
                 result = lp_patch.calibrate(setup.model, known, tokens=tokens, **start)
                 print(result, flush=True)
                 found[name] = result.to_dict()
-                path.write_text(json.dumps(found, indent=1) + "\n")
+                path.write_text(json.dumps(found) + "\n")
             chosen = {x: found[name]["config"][x] for x in ("layer", "stage_ratio")}
             ways = ({"stage_ratio": 3.0}, {"stage_ratio": 1}, chosen)
             settings = {
@@ -106,7 +103,7 @@ def run(setup: Setup, pruner: Path, output: Path, about: dict[str, str]) -> None
             )
             outcomes += result.outcomes[len(outcomes) > 0 :]  # the full model's once
             result = lp_patch.Evaluation(result.measure, tuple(outcomes), result.confidence)
-            result.save(output, **about)
+            result.save(output, **about("bfloat16"))
             print(result, flush=True)
             for other in ROWS[:2]:
                 gap = [100 * x for x in result.difference(f"{name}: calibrated", f"{name}: {other}")]
@@ -123,16 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, pruner = (Path(os.path.relpath(x)) for x in (args.model, args.pruner))  # the CSV names them
-    about = {
-        "dtype": "bfloat16",
-        "device": "CPU",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "lp_patch": lp_patch.__version__,
-        "date": datetime.date.today().isoformat(),
-        "command": shlex.join(["python", "examples/testbed/long_answers.py", *sys.argv[1:]]),
-    }
-    run(Setup(model, args.limit), pruner, args.output, about)
+    run(Setup(model, args.limit), pruner, args.output)
 
 
 if __name__ == "__main__":
