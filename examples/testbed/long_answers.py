@@ -54,7 +54,7 @@ class Setup:
     def __init__(self, folder: Path, limit: int) -> None:
         self.model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.bfloat16).eval()
         self.processor = AutoProcessor.from_pretrained(folder)
-        scenes = build("captions", UNLABELLED + limit, 101, Style(held_out=True))
+        scenes = build(f"captions_{limit}", UNLABELLED + limit, 101, Style(held_out=True))
         self.wanted = [caption(found) for found in scenes.objects]
         encoded = [
             self.processor.image_processor(images=[Image.fromarray(x)], return_tensors="pt")["pixel_values"]
