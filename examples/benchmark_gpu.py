@@ -37,7 +37,7 @@ from transformers import (
 
 import lp_patch
 from lp_patch.compat import CACHE
-from lp_patch.graphs import Region
+from lp_patch.regions import Region
 
 TEXT = (36, 24)  # text tokens before and after the images: LLaVA-1.5's system prompt and a short question
 COLUMNS = [
@@ -207,7 +207,7 @@ def stock_graphs(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Call
     """The unpatched prefill, its vision tower (where that can be captured) and its decoder layers in CUDA graphs."""
     base, head = model.model, model.lm_head
     pixels, ids = inputs["pixel_values"], inputs["input_ids"]
-    sizes = {name: inputs[name].cpu() for name in ("image_sizes",) if name in inputs}
+    sizes = {name: inputs[name].clone() for name in ("image_sizes", "image_grid_thw") if name in inputs}
     mask = (ids == model.config.image_token_id)[..., None]
 
     def encode(given: dict[str, Tensor]) -> Tensor:
@@ -224,19 +224,16 @@ def stock_graphs(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Call
     positions = torch.arange(ids.shape[1], device=ids.device)[None].expand(ids.shape)
     if kind == "qwen2_5_vl":
         positions = positions[None].expand(3, -1, -1)
-    given = {name: inputs[name] for name in ("pixel_values", "image_sizes", "image_grid_thw") if name in inputs}
     tower = None
     try:
-        if kind != "qwen2_5_vl":
-            tower = Region({"pixels": pixels.clone()}, encode, [base.vision_tower])
+        tower = Region({"pixels": pixels.clone()}, encode, [x for x in base.children() if x is not base.language_model])
     except RuntimeError as error:  # it waits for the device somewhere: as it comes, for both
         print(f"stock {kind}: encoding images is not captured: {str(error).splitlines()[0]:.150}", flush=True)
     decoder = Region({"embeds": embeds.clone(), "ids": positions.clone()}, layers, [base.language_model])
 
     def run() -> Any:
         if tower is None:
-            features = base.get_image_features(**given, return_dict=True).pooler_output
-            features = torch.cat(list(features)).flatten(0, -2)
+            features = encode({"pixels": pixels})
         else:
             features = tower.replay({"pixels": pixels})
         merged = base.get_input_embeddings()(ids).masked_scatter(mask, features)

@@ -7,19 +7,15 @@ prompts of about the same length share a capture. On another device a region run
 and not faster. Whatever does not fit runs as without `compile`, and says so once.
 """
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils import ModelOutput
 
 from . import cache as kv
 from .attention import KEY
@@ -28,16 +24,17 @@ from .cut import Cut
 from .engine import Engine
 from .errors import UnsupportedModelError
 from .forward import Forward
-from .install import Installation, owner
+from .install import Installation
 from .keys import Keys
 from .plan import Plan
 from .read import Chosen, Encoding
+from .regions import Region, Regions
 from .registry import Parts
 from .settings import Settings
 from .trace import Record
 
 BUCKET = 32  # tokens: how finely prompts are told apart by length
-MOST = 8  # regions of each kind that are kept; the one unused for longest goes
+DEEP, DEEP_AT = "deepstack_visual_embeds", "visual_pos_masks"  # what the first layers add, and where
 _KNOWN = {
     "inputs_embeds",
     "attention_mask",
@@ -48,199 +45,11 @@ _KNOWN = {
     "cache_position",
     KEY,
     "logits_to_keep",  # of the whole model; some hand it on
+    "return_dict",
+    DEEP,
+    DEEP_AT,
 }
 _FLAGS = ("output_attentions", "output_hidden_states", "output_router_logits")
-
-
-class Region:
-    """One computation at fixed shapes, in fixed buffers.
-
-    Attributes:
-        inputs: its buffers, by name.
-        result: what `run` returned; its tensors are written anew by each replay.
-        bytes: device memory that the capture holds.
-    """
-
-    def __init__(self, inputs: dict[str, Tensor], run: Callable[[dict[str, Tensor]], Any], modules: list[nn.Module]):
-        self.inputs, self._run = inputs, run
-        self._print = Fingerprint(modules)
-        self._graph: Any = None
-        self.bytes = 0
-        self._host = HostValues()
-        device = next(iter(inputs.values())).device
-        if device.type != "cuda":
-            return
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        mode = torch.cuda.get_sync_debug_mode()
-        with torch.cuda.stream(stream):
-            self._learn()  # kernels are chosen and compiled outside the capture, too
-            torch.cuda.set_sync_debug_mode("error")  # a wait cannot be captured: found out before it breaks one
-            try:
-                self._once()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream(device).wait_stream(stream)
-        torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.result = self._once()
-        self._graph = graph
-        pool = tuple(graph.pool())
-        segments = torch.cuda.memory_snapshot()
-        self.bytes = sum(x["total_size"] for x in segments if tuple(x.get("segment_pool_id", ())) == pool)
-
-    def _learn(self) -> None:
-        """Note what the host and the device tell each other, and that it does not depend on what is in the buffers."""
-        self._run(self.inputs)  # whatever is made once and kept is there
-        with self._host.learning():
-            self._run(self.inputs)
-        kept = {name: x.clone() for name, x in self.inputs.items() if x.is_floating_point()}
-        other = HostValues()
-        for name in kept:
-            self.inputs[name].normal_()
-        with other.learning():
-            self._run(self.inputs)
-        for name, x in kept.items():
-            self.inputs[name].copy_(x)
-        if not self._host.same(other):
-            raise RuntimeError("what it asks of the device depends on the images")
-
-    def _once(self) -> Any:
-        with self._host.replaying():
-            return self._run(self.inputs)
-
-    @property
-    def stale(self) -> bool:
-        """Whether a weight has moved, or a module or a hook came or went, since the capture."""
-        return self._print.changed()
-
-    def replay(self, values: dict[str, Tensor]) -> Any:
-        """The computation on these values, which fill the buffers."""
-        for name, value in values.items():
-            self.inputs[name].copy_(value, non_blocking=True)
-        if self._graph is None:
-            self.result = self._run(self.inputs)
-        else:
-            self._graph.replay()
-        return self.result
-
-
-class HostValues(TorchFunctionMode):
-    """What passes between host and device while a region runs, which a graph cannot do: learnt once, then known.
-
-    Small tensors that a model makes on the host (bounds, sizes), and numbers of them that it asks back. All of it comes
-    from what is part of a region's key; whatever else is asked would differ for other inputs, and is found out so.
-    """
-
-    _ASKED = (Tensor.tolist, Tensor.item, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__)
-    _MADE = (torch.tensor, torch.as_tensor, Tensor.to, Tensor.cuda)
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: list[Any] = []
-        self._next: int | None = None
-
-    @contextmanager
-    def learning(self) -> Iterator[None]:
-        """Note everything, in order."""
-        self.values, self._next = [], None
-        with self:
-            yield
-
-    @contextmanager
-    def replaying(self) -> Iterator[None]:
-        """Give everything again, in the same order."""
-        self._next = 0
-        with self:
-            yield
-
-    def same(self, other: "HostValues") -> bool:
-        """Whether another run passed the same."""
-        pairs = zip(self.values, other.values, strict=False)
-        return len(self.values) == len(other.values) and all(
-            torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else a == b for a, b in pairs
-        )
-
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        first = args[0] if args else None
-        on_device = isinstance(first, Tensor) and first.device.type != "cpu"
-        if (func in self._ASKED and on_device) or (func in self._MADE and not on_device):
-            passes = func in self._ASKED or self._goes_over(args, kwargs)
-            if self._next is None:
-                value = func(*args, **kwargs)
-                if isinstance(value, Tensor) and passes != (value.device.type != "cpu"):
-                    raise RuntimeError(f"it moves a tensor in a way that is not understood: {func.__name__}")
-                if passes:
-                    self.values.append(value.clone() if isinstance(value, Tensor) else value)
-                return value
-            if passes:
-                value = self.values[self._next]
-                self._next += 1
-                # a copy: the region may write into it
-                return value.clone() if isinstance(value, Tensor) else value
-        return func(*args, **kwargs)
-
-    @staticmethod
-    def _goes_over(args: tuple, kwargs: dict) -> bool:
-        """Whether a call that makes a tensor, or moves one, names another device than the CPU."""
-        named = [x for x in (*args[1:], *kwargs.values()) if isinstance(x, (torch.device, str, Tensor))]
-        return any((x.device if isinstance(x, Tensor) else torch.device(x)).type != "cpu" for x in named)
-
-
-class Fingerprint:
-    """What a capture depends on: which modules there are, where their weights lie, which hooks of others they carry."""
-
-    def __init__(self, roots: list[nn.Module]) -> None:
-        modules = [module for root in roots for module in root.modules()]
-        self._children = [(x._modules, list(x._modules.values())) for x in modules if x._modules]
-        weights = [(x._parameters, name) for x in modules for name, own in x._parameters.items() if own is not None]
-        self._weights = [(own, name, _address(own[name])) for own, name in weights]
-        self._hooks = [x for module in modules for x in (module._forward_pre_hooks, module._forward_hooks)]
-        self._others = self._foreign()
-
-    def _foreign(self) -> list[int]:
-        return [
-            id(hook) for hooks in self._hooks if hooks for hook in hooks.values() if not isinstance(owner(hook), Engine)
-        ]
-
-    def changed(self) -> bool:
-        """Whether any of it is not as it was."""
-        return (
-            any(list(own.values()) != before for own, before in self._children)
-            or any(_address(own.get(name)) != at for own, name, at in self._weights)
-            or self._foreign() != self._others
-        )
-
-
-def _address(weight: Tensor | None) -> int:
-    return 0 if weight is None else weight.data_ptr()
-
-
-class Regions:
-    """The captured regions of one kind, the latest used last."""
-
-    def __init__(self) -> None:
-        self.kept: OrderedDict[tuple, Region] = OrderedDict()
-        self.lock = threading.RLock()  # buffers are shared: one replay at a time
-
-    def get(self, key: tuple, make: Callable[[], Region]) -> Region:
-        """The region of this key, captured if there is none that still holds."""
-        region = self.kept.pop(key, None)
-        if region is None or region.stale:
-            region = None  # free it before another takes memory
-            region = make()
-        self.kept[key] = region
-        while len(self.kept) > MOST:
-            self.kept.popitem(last=False)
-        return region
-
-    def __deepcopy__(self, memo: dict) -> "Regions":
-        return Regions()
-
-    def __reduce__(self) -> tuple:
-        return Regions, ()
 
 
 class CapturedForward(Forward):
@@ -297,8 +106,8 @@ class CompiledEngine(Engine):
         """Tower, stage 1 and projector; numbers that say how images are laid out are part of the region's key."""
         given = {name: x for name, x in encoding.arguments.items() if name != "kwargs"}
         pixels = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
-        rest = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in given.items() if name not in pixels}
-        if not pixels or torch.is_grad_enabled() or rest.get("output_attentions"):
+        rest = {name: x for name, x in given.items() if name not in pixels}
+        if not pixels or torch.is_grad_enabled() or any(rest.get(name) for name in _FLAGS):
             return wrapped(*args, **kwargs)
         shapes = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in pixels.items())
         facts = tuple((name, repr(x.tolist() if isinstance(x, Tensor) else x)) for name, x in rest.items())
@@ -306,19 +115,24 @@ class CompiledEngine(Engine):
         if key in self.state.unfit:
             return wrapped(*args, **kwargs)
 
-        def run(inputs: dict[str, Tensor]) -> tuple:
-            current = self._call().encoding
-            assert current is not None
-            _forget(current)
-            with torch.no_grad():
-                output = wrapped(**rest, **inputs)
-            return output, list(current.chosen), list(current.present), list(current.towers)
+        def make() -> Region:
+            # the caller may write into his
+            own = {name: x.clone() if isinstance(x, Tensor) else x for name, x in rest.items()}
+
+            def run(inputs: dict[str, Tensor]) -> tuple:
+                current = self._call().encoding
+                assert current is not None
+                _forget(current)
+                with torch.no_grad():
+                    output = wrapped(**own, **inputs)
+                return output, list(current.chosen), list(current.present), list(current.towers)
+
+            return Region({name: torch.empty_like(x).copy_(x) for name, x in pixels.items()}, run, modules)
 
         modules = [x for name, x in self.parts.base.named_children() if x is not self.parts.language_model]
         with self.encoders.lock:
             try:
-                buffers = {name: torch.empty_like(x).copy_(x) for name, x in pixels.items()}
-                region = self.encoders.get(key, lambda: Region(buffers, run, modules))
+                region = self.encoders.get(key, make)
                 output, chosen, present, towers = region.replay(pixels)
             except RuntimeError as error:
                 self.state.unfit.add(key)
@@ -350,7 +164,8 @@ class CompiledEngine(Engine):
         """Why this prefill cannot be captured, or None."""
         cache, config = cache_in(kwargs), self.parts.language_model.config
         implementation = config._attn_implementation or "sdpa"
-        more = [x for x, value in kwargs.items() if x not in _KNOWN and value is not None and value is not False]
+        known = {*_KNOWN, *self.parts.adapter.per_token}
+        more = [x for x, value in kwargs.items() if x not in known and value is not None and value is not False]
         if forward.finder.tracked or not self.settings.kinds.plain:
             return "a model with windows or with layers without keys"
         if len(forward.cuts[0].where) > 1:
@@ -391,6 +206,12 @@ class CompiledEngine(Engine):
         if forward.weights is not None:
             asked = forward.weights.shape[1]
             values["weights"] = left(forward.weights, (-asked % BUCKET if bucketed else 0, 0))[:, -cut.length - pad :]
+        for name in self.parts.adapter.per_token:
+            if kwargs.get(name) is not None:
+                values[name] = left(kwargs[name], (*(0, 0) * (kwargs[name].dim() - 2), pad, 0))
+        if kwargs.get(DEEP_AT) is not None:
+            values[DEEP_AT] = left(kwargs[DEEP_AT], (pad, 0))
+            values |= {f"{DEEP} {index}": x for index, x in enumerate(kwargs[DEEP])}
         like = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in values.items())
         key = ("layers", like, plan.survivors[0], plan.stage2[0], plan.wiped[0], module.config._attn_implementation)
         if key in self.state.unfit:
@@ -427,6 +248,9 @@ class CompiledEngine(Engine):
         cache: Any = DynamicCache()
         keys = forward.keys_of(module.config, 0, inputs["embeds"])
         given = {"inputs_embeds": inputs["embeds"], "attention_mask": keys.mask, "position_ids": inputs["ids"]}
+        given |= {name: inputs[name] for name in (DEEP_AT, *self.parts.adapter.per_token) if name in inputs}
+        if DEEP_AT in inputs:
+            given[DEEP] = [x for name, x in inputs.items() if name.startswith(DEEP)]
         output = type(module).forward(module, **given, **{CACHE: cache, "use_cache": True, KEY: forward})
         return output, forward, cache
 
@@ -479,10 +303,10 @@ def _forget(encoding: Encoding) -> None:
 
 
 def _copied(output: Any) -> Any:
-    """What an encoder returned, in memory of its own: the features that a model reads, nothing else."""
-    if isinstance(output, BaseModelOutputWithPooling):
-        read = ("pooler_output", "deepstack_features")
-        return type(output)(**{name: _copied(getattr(output, name)) for name in read if hasattr(output, name)})
+    """What an encoder returned, in memory of its own, but for the states of all its layers."""
+    if isinstance(output, ModelOutput):
+        shown = {name: x for name, x in vars(output).items() if name not in ("hidden_states", "attentions")}
+        return type(output)(**{name: _copied(x) for name, x in shown.items()})
     if isinstance(output, Tensor):
         return output.clone()
     if isinstance(output, (list, tuple)):

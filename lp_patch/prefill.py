@@ -172,7 +172,7 @@ def cut_deepstack(kwargs: dict, plan: Plan, prompt: Prompt, cut: Cut) -> dict:
     mask = take(at, cut.index) if cut.valid is None else take(at, cut.index) & cut.valid
     # its slots in order: how many they are is known, the mask need not be asked
     count = sum(plan.kept) - int((prompt.real & ~prompt.placeholders).sum())
-    slots = mask.flatten().sort(descending=True, stable=True).indices[:count]
+    slots = mask.flatten().byte().sort(descending=True, stable=True).indices[:count]
     starts, ranks = upload(
         [np.arange(len(prompt.real))[:, None] * prompt.real.shape[1], prompt.placeholders.cumsum() - 1], device
     )

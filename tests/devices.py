@@ -36,6 +36,8 @@ class Pretended(TorchFunctionMode):
                 return args[0] if target == place(args[0]) else put(args[0].clone(), target)
         elif name == "cpu":
             target = CPU
+        elif name == "copy_":
+            target = place(args[0])
         elif given is not None:
             target, kwargs["device"] = torch.device(given), CPU
         else:
@@ -46,7 +48,7 @@ class Pretended(TorchFunctionMode):
                 raise RuntimeError(f"tensors on different devices: {name} of {sorted(map(str, places))}")
             target = next(iter(places), CPU)
         out = func(*args, **kwargs)
-        if name == "to" and out is args[0] and target != place(out):
+        if name in ("to", "cpu") and out is args[0] and target != place(out):
             out = out.clone()  # a move makes a new tensor
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor) and not isinstance(x, torch.nn.Parameter):

@@ -35,7 +35,7 @@ def adjust(model):
 
     def before(module, args, kwargs):
         given = kwargs["input_ids"]
-        return args, {**kwargs, "moe_mm_token_type_ids": torch.isin(given, VISUAL).int()}
+        return args, {**kwargs, "moe_mm_token_type_ids": torch.isin(given, VISUAL.to(given.device)).int()}
 
     count(model)
     model.register_forward_pre_hook(before, with_kwargs=True)
