@@ -35,4 +35,5 @@ ADAPTER = Adapter(
     language_model="text_model",
     layers="text_model.layers",
     rotary="text_model.rotary_emb",
+    blanks=True,
 )

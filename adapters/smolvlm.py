@@ -16,4 +16,5 @@ ADAPTER = Adapter(
     layers="text_model.layers",
     rotary="text_model.rotary_emb",
     layout=tiles,
+    blanks=True,
 )

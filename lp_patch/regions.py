@@ -18,13 +18,23 @@ MOST = 8  # regions of each kind that are kept; the one unused for longest goes
 class Region:
     """One computation at fixed shapes, in fixed buffers.
 
+    Args:
+        modules: whose weights it computes with.
+        blank: whether it is to hold for zeros, too.
+
     Attributes:
         inputs: its buffers, by name.
         result: what `run` returned; its tensors are written anew by each replay.
         bytes: device memory that the capture holds.
     """
 
-    def __init__(self, inputs: dict[str, Tensor], run: Callable[[dict[str, Tensor]], Any], modules: list[nn.Module]):
+    def __init__(
+        self,
+        inputs: dict[str, Tensor],
+        run: Callable[[dict[str, Tensor]], Any],
+        modules: list[nn.Module],
+        blank: bool = True,
+    ) -> None:
         self.inputs, self._run = inputs, run
         self._print = Fingerprint(modules)
         self._graph: Any = None
@@ -37,7 +47,7 @@ class Region:
         stream.wait_stream(torch.cuda.current_stream(device))
         mode = torch.cuda.get_sync_debug_mode()
         with torch.cuda.stream(stream):
-            self._learn()  # kernels are chosen and compiled outside the capture, too
+            self._learn(blank)  # kernels are chosen and compiled outside the capture, too
             torch.cuda.set_sync_debug_mode("error")  # a wait cannot be captured: found out before it breaks one
             try:
                 self._once()
@@ -53,13 +63,13 @@ class Region:
         segments = torch.cuda.memory_snapshot()
         self.bytes = sum(x["total_size"] for x in segments if tuple(x.get("segment_pool_id", ())) == pool)
 
-    def _learn(self) -> None:
+    def _learn(self, blank: bool) -> None:
         """Note what the host and the device tell each other, and that it does not depend on what is in the buffers."""
         self._run(self.inputs)  # whatever is made once and kept is there
         with self._host.learning():
             self._run(self.inputs)
         kept = {name: x.clone() for name, x in self.inputs.items()}
-        for fill in (_noise, _nothing):
+        for fill in (_noise, _nothing) if blank else (_noise,):
             for name, x in self.inputs.items():
                 fill(x, kept[name])
             other = HostValues()

@@ -97,6 +97,7 @@ class Adapter:
         per_token: further arguments of the language model, and of its layers, that hold a row for each token,
             (B, S, ...): they are cut with the sequence.
         streams: hidden states between the layers are several streams of the tokens, (A, B, S, D).
+        blanks: images (B, N, ...) that are all zeros are padding, which the model looks for and leaves out.
     """
 
     model_type: str
@@ -120,6 +121,7 @@ class Adapter:
     rotary: str | None = "language_model.rotary_emb"
     per_token: tuple[str, ...] = ()
     streams: bool = False
+    blanks: bool = False
 
 
 # what a decoder layer may look at: all tokens before it; those that its mask says (windows, chunks, blocks); or it has

@@ -141,6 +141,18 @@ def pretended_gpu(monkeypatch, model):
     def entered(stream):
         yield
 
+    vmap = torch.vmap
+
+    def vmapped(function, **options):
+        """Its inner tensors are not those that lie anywhere: as one function."""
+
+        def whole(*args):
+            with torch._C.DisableTorchFunction():
+                return vmap(function, **options)(*args)
+
+        return lambda *args: gpu.__torch_function__(whole, (), args)
+
+    monkeypatch.setattr(torch, "vmap", vmapped)
     for name, value in {
         "Stream": lambda device: stream,
         "current_stream": lambda device=None: stream,

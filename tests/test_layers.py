@@ -224,23 +224,6 @@ def test_a_pruner_is_not_trained_under_windows_or_states(kind):
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
-@pytest.mark.filterwarnings("ignore:compile=True captures CUDA graphs:UserWarning")
-@pytest.mark.parametrize("kind", ["llava:window", "qwen3_5"])
-def test_compile_leaves_them_alone_and_says_so_once(kind):
-    model, scene = make(kind, which=(0,))
-    options = {"tokens": 4, "layer": TYPES[kind].layer}
-    with lp_patch.applied(model, **options):
-        want = forward(model, scene).logits
-    with warnings.catch_warnings(record=True) as caught, lp_patch.applied(model, compile=True, **options):
-        warnings.simplefilter("always")
-        for _ in range(2):
-            torch.testing.assert_close(forward(model, scene).logits, want)
-    said = [str(x.message) for x in caught if "is not captured" in str(x.message)]
-    assert said == [
-        "compile=True: a model with windows or with layers without keys is not captured and runs as without it"
-    ]
-
-
 @pytest.mark.parametrize("kind", ["gemma3", "qwen3_5", "llava:window"])
 def test_reported_keys_are_those_in_the_cache(kind):
     """None in layers with a state, and no more than a window's."""
