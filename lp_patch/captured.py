@@ -89,7 +89,7 @@ class CapturedForward(Forward):
         return found
 
 
-def unfit(parts: Parts, settings: Settings, forward: Forward, kwargs: dict) -> str | None:
+def why_not(parts: Parts, settings: Settings, forward: Forward, kwargs: dict) -> str | None:
     """Why this prefill's layers cannot be captured, or None."""
     cache, config = cache_in(kwargs), parts.language_model.config
     implementation = config._attn_implementation or "sdpa"

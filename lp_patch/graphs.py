@@ -28,8 +28,8 @@ from .captured import (
     leaves_no_state,
     mask_names,
     run_layers,
-    unfit,
     values_of,
+    why_not,
 )
 from .compat import cache_in
 from .engine import Engine
@@ -81,8 +81,6 @@ class CompiledEngine(Engine):
             return wrapped(*args, **kwargs)
         shapes = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in pixels.items())
         key = ("encoder", wrapped.__name__, shapes, repr(form), *map(_fact, leaves))
-        if key in self.state.unfit:
-            return wrapped(*args, **kwargs)
 
         def make() -> Region:
             # the caller may write into his
@@ -101,18 +99,16 @@ class CompiledEngine(Engine):
 
         modules = [x for name, x in self.parts.base.named_children() if x is not self.parts.language_model]
         with self.encoders.lock:
-            try:
-                region = self.encoders.get(key, make)
-                output, chosen, present, towers = region.replay(pixels)
-            except Exception as error:  # as below
-                self.state.unfit.add(key)
-                self._say(f"encoding images with {type(self.parts.base).__name__} ({str(error).splitlines()[0]:.120})")
-                _forget(encoding)
-                return wrapped(*args, **kwargs)
-            # copies: the next replay writes the buffers anew
-            encoding.chosen = [Chosen(*(None if x is None else x.clone() for x in c)) for c in chosen]
-            encoding.present, encoding.towers = present, towers
-            return _copied(output)
+            found = self._replayed(
+                self.encoders, key, make, pixels, f"encoding images with {type(self.parts.base).__name__}"
+            )
+            if found is not None:
+                output, chosen, encoding.present, encoding.towers = found
+                # copies: the next replay writes the buffers anew
+                encoding.chosen = [Chosen(*(None if x is None else x.clone() for x in c)) for c in chosen]
+                return _copied(output)
+        _forget(encoding)
+        return wrapped(*args, **kwargs)
 
     # ------------------------------------------------------------------ the decoder layers
 
@@ -121,14 +117,14 @@ class CompiledEngine(Engine):
         module = self.parts.language_model
         forward = kwargs.get(KEY)
         if isinstance(forward, Forward) and forward.plan is not None and not args:
-            why = unfit(self.parts, self.settings, forward, kwargs)
+            why = why_not(self.parts, self.settings, forward, kwargs)
             if why is None:
                 return self._prefill_region(forward, kwargs)
             self._say(why)
         return type(module).forward(module, *args, **kwargs)
 
-    def _say(self, why: str) -> None:
-        self._warn(f"compile=True: {why} is not captured and runs as without it")
+    def _say(self, what: str) -> None:
+        self._warn(f"compile=True: {what} is not captured and runs as without it")
 
     def _prefill_region(self, forward: Forward, kwargs: dict) -> Any:
         """All decoder layers, captured or replayed; the forward is left as the layers' hooks would have left it."""
@@ -139,8 +135,6 @@ class CompiledEngine(Engine):
         like = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in values.items())
         counts = plan.survivors[0], plan.stage2[0], plan.wiped[0]
         key = ("layers", like, masks, counts, module.config._attn_implementation)
-        if key in self.state.unfit:
-            return type(module).forward(module, **kwargs)
 
         def run(inputs: dict[str, Tensor]) -> tuple[Any, CapturedForward, Cache]:
             return run_layers(parts, settings, plan, inputs, masks)
@@ -151,16 +145,27 @@ class CompiledEngine(Engine):
             return Region({name: x.clone() for name, x in values.items()}, run, [module])
 
         with self.languages.lock:
-            try:
-                output, captured, stored = self.languages.get(key, make).replay(values)
-            except Exception as error:  # of any kind that the model's code raises; again below, if it is not capturing
-                self.state.unfit.add(key)  # a capture that fails is not tried in every call
-                self._say(f"{type(module).__name__} ({str(error).splitlines()[0]:.120})")
-                return type(module).forward(module, **kwargs)
-            cache, use = cache_in(kwargs), kwargs.get("use_cache")
-            if cache is None and (module.config.use_cache if use is None else use):
-                cache = DynamicCache(config=module.config)
-            return adopt(forward, captured, output, stored, pad, cache)
+            found = self._replayed(self.languages, key, make, values, type(module).__name__)
+            if found is not None:
+                output, captured, stored = found
+                cache, use = cache_in(kwargs), kwargs.get("use_cache")
+                if cache is None and (module.config.use_cache if use is None else use):
+                    cache = DynamicCache(config=module.config)
+                return adopt(forward, captured, output, stored, pad, cache)
+        return type(module).forward(module, **kwargs)
+
+    def _replayed(
+        self, regions: Regions, key: tuple, make: Callable[[], Region], values: dict[str, Tensor], what: str
+    ) -> Any:
+        """What a region gives for these values; None where there is none, or none can be captured."""
+        try:
+            region = regions.get(key, make)
+            return None if region is None else region.replay(values)
+        except Exception as error:  # of any kind: if it is not about the capture, it comes again without one
+            regions.refuse(key)
+            said = (str(error) or type(error).__name__).splitlines()[0]
+            self._say(f"{what} ({said:.120})")
+            return None
 
 
 def _fact(x: Any) -> Any:
@@ -183,8 +188,9 @@ def _copied(output: Any) -> Any:
     """What an encoder returned, in memory of its own, but for the states of all its layers."""
     if isinstance(output, ModelOutput):
         own = {name: _copied(x) for name, x in vars(output).items() if name not in ("hidden_states", "attentions")}
-        declared = {x.name for x in fields(output)}  # before 5.23 some are set beside those
-        copy = type(output)(**{name: x for name, x in own.items() if name in declared})
+        kind: Any = type(output)
+        declared = {x.name for x in fields(kind)}  # before 5.23 some are set beside those
+        copy = kind(**{name: x for name, x in own.items() if name in declared})
         for name in own.keys() - declared:
             setattr(copy, name, own[name])
         return copy

@@ -34,7 +34,6 @@ class EngineState(State):
         self.last_record: Record | None = None
         self.warned: set[str] = set()
         self.held = False
-        self.unfit: set[tuple] = set()  # what `graphs` could not capture
 
 
 class Planner(EarlyStage):

@@ -26,6 +26,7 @@ class Region:
         inputs: its buffers, by name.
         result: what `run` returned; its tensors are written anew by each replay.
         bytes: device memory that the capture holds.
+        used: the call in which it was used last, as `Regions` counts them.
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Region:
         self.inputs, self._run = inputs, run
         self._print = Fingerprint(modules)
         self._graph: Any = None
-        self.bytes = 0
+        self.bytes = self.used = 0
         self._host = HostValues()
         device = next(iter(inputs.values())).device
         if device.type != "cuda":
@@ -146,22 +147,50 @@ def _address(weight: Tensor | None) -> int:
 
 
 class Regions:
-    """The captured regions of one kind, the latest used last."""
+    """The captured regions of one kind, the latest used last.
+
+    A capture takes as long as several calls. Once `MOST` are kept, another shape takes the place of the one unused for
+    longest only where it has come twice since that was used: prompts that never come again capture nothing.
+    """
 
     def __init__(self) -> None:
         self.kept: OrderedDict[tuple, Region] = OrderedDict()
         self.lock = threading.RLock()  # buffers are shared: one replay at a time
+        self._refused: set[tuple] = set()
+        self._now = 0
+        self._passed: OrderedDict[tuple, int] = OrderedDict()  # when shapes came that were not captured
 
-    def get(self, key: tuple, make: Callable[[], Region]) -> Region:
-        """The region of this key, captured if there is none that still holds."""
+    def get(self, key: tuple, make: Callable[[], Region]) -> Region | None:
+        """The region of this key, captured if there is none that still holds; None where that does not pay."""
+        self._now += 1
+        if key not in self.kept and not self._admits(key):
+            return None
         region = self.kept.pop(key, None)
         if region is None or region.stale:
             region = None  # free it before another takes memory
+            if len(self.kept) == MOST:
+                self.kept.popitem(last=False)
             region = make()
-        self.kept[key] = region
-        while len(self.kept) > MOST:
-            self.kept.popitem(last=False)
+        self.kept[key], region.used = region, self._now
         return region
+
+    def _admits(self, key: tuple) -> bool:
+        if key in self._refused or len(self._refused) == MOST:  # so many shapes failed: this model's will
+            return False
+        if len(self.kept) < MOST:
+            return True
+        before = self._passed.pop(key, 0)
+        if before > next(iter(self.kept.values())).used:
+            return True
+        self._passed[key] = self._now
+        if len(self._passed) > 8 * MOST:
+            self._passed.popitem(last=False)
+        return False
+
+    def refuse(self, key: tuple) -> None:
+        """A capture that failed is not tried in every call."""
+        self.kept.pop(key, None)
+        self._refused.add(key)
 
     def __deepcopy__(self, memo: dict) -> "Regions":
         return Regions()

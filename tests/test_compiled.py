@@ -202,3 +202,71 @@ def test_copies_and_removal():
         assert twin.model.language_model.forward.__self__.parts.language_model is twin.model.language_model
         lp_patch.remove(twin)
         assert torch.equal(twin(**inputs).logits, plain)
+
+
+def asked(keys):
+    """Which of these shapes, in order, are captured anew (c), replayed (r) or run as they come (-)."""
+    kept, made = regions.Regions(), []
+
+    class Made:
+        stale, used = False, 0
+
+        def __init__(self):
+            made.append(self)
+
+    found = ""
+    for key in keys:
+        before = len(made)
+        region = kept.get(key, Made)
+        found += "-" if region is None else "c" if len(made) > before else "r"
+        assert len(kept.kept) <= regions.MOST
+    return found
+
+
+def test_shapes_that_never_come_again_push_none_out():
+    many = range(regions.MOST)
+    full = "c" * len(many)
+    assert asked([*many, *many]) == full + "r" * len(many)
+    assert asked([*many, *range(100, 150), *many]) == full + "-" * 50 + "r" * len(many)
+    # the second time since the shape in whose place it comes was used
+    assert asked([*many, 100, 100, 100]) == full + "-cr"
+    assert asked([*many, 100, 1, 100]) == full + "-rc"
+    assert asked([*many, 100, 0, 100, 0]) == full + "-rcr"
+    # more shapes in turn than there are places: most are replayed, none is captured again
+    cycle = [*many, 100, 101]
+    assert asked(cycle * 4) == full + "--" + ("r" * len(many) + "--") * 3
+
+
+def test_a_model_that_cannot_be_captured_is_left_alone():
+    kept, tried = regions.Regions(), []
+
+    def fails():
+        tried.append(1)
+        raise RuntimeError("no")
+
+    for key in [*range(30)] * 2:
+        try:
+            assert kept.get(key, fails) is None
+        except RuntimeError:
+            kept.refuse(key)
+    assert len(tried) == regions.MOST and not kept.kept
+
+
+@torch.no_grad()
+def test_an_error_of_the_model_is_raised():
+    """Raised while a region is made, and again without one: not swallowed."""
+    model = tiny_llava(seed=12)
+    inputs = prompts([5])[0]
+
+    def broken(*args):
+        raise LookupError("of the model's own")
+
+    with lp_patch.applied(model, tokens=5, compile=True) as patch:
+        handle = model.model.language_model.layers[2].mlp.register_forward_pre_hook(broken)
+        with pytest.warns(UserWarning, match="own.*is not captured"), pytest.raises(LookupError, match="own"):
+            model(**inputs)
+        handle.remove()
+        out = model(**inputs).logits
+        assert not patch._engine.languages.kept
+    with lp_patch.applied(model, tokens=5):
+        assert torch.equal(model(**inputs).logits, out)

@@ -1,6 +1,5 @@
 """Layers that see a window, blocks that see both ways, and layers with a state: what the engine knows of each."""
 
-import warnings
 from dataclasses import replace
 
 import masked
