@@ -1,4 +1,7 @@
-"""Idefics3: a row's images come as one feature, cut here where the prompt's own tokens say that one image ends."""
+"""Idefics3 and SmolVLM: a row's images come as one feature, cut where the prompt's own tokens say that one ends.
+
+The frames of SmolVLM's videos have text between them: here each is an image.
+"""
 
 from itertools import pairwise
 from operator import attrgetter
@@ -27,14 +30,17 @@ def split_images(ids: Tensor, positions: Tensor) -> list[int]:
     return sizes
 
 
-ADAPTER = Adapter(
-    model_type="idefics3",
-    family="Idefics3",
-    split=split_images,
-    tower=attrgetter("vision_model"),
-    language_model="text_model",
-    layers="text_model.layers",
-    rotary="text_model.rotary_emb",
-    layout=tiles,
-    blanks=True,
+ADAPTERS = tuple(
+    Adapter(
+        model_type=model_type,
+        family=family,
+        split=split_images,
+        tower=attrgetter("vision_model"),
+        language_model="text_model",
+        layers="text_model.layers",
+        rotary="text_model.rotary_emb",
+        layout=tiles,
+        blanks=True,
+    )
+    for model_type, family in (("idefics3", "Idefics3"), ("smolvlm", "SmolVLM"))
 )

@@ -1,4 +1,7 @@
-"""Qwen3-VL: merged patches, and DeepStack features that the first decoder layers add at the visual positions."""
+"""Qwen3-VL, with a mixture of experts or without: merged patches, and DeepStack.
+
+DeepStack's features are added by the first decoder layers at the visual positions.
+"""
 
 from typing import Any
 
@@ -11,10 +14,13 @@ def deepstack_layers(config: Any) -> int:
     return max(1, len(config.vision_config.deepstack_visual_indexes))
 
 
-ADAPTER = Adapter(
-    model_type="qwen3_vl",
-    family="Qwen3-VL",
-    modalities=(IMAGE, VIDEO),
-    first_cut=deepstack_layers,
-    layout=merged,
+ADAPTERS = tuple(
+    Adapter(
+        model_type=model_type,
+        family=family,
+        modalities=(IMAGE, VIDEO),
+        first_cut=deepstack_layers,
+        layout=merged,
+    )
+    for model_type, family in (("qwen3_vl", "Qwen3-VL"), ("qwen3_vl_moe", "Qwen3-VL-MoE"))
 )

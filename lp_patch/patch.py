@@ -73,7 +73,7 @@ def apply(
             budget, they are taken, unless `config` is a whole `PruningConfig` or a folder, or one of these or
             `final_wipe_layer` is named.
         compile: run the prefill in captured regions (CUDA graphs), where the host takes longer than the device: short
-            prompts, batch 1. Each shape is captured at its first call, which takes about as long as five others; at
+            prompts, batch 1. Each shape is captured at its first call, which takes about as long as six others; at
             most eight are kept, in memory of their own (`Patch.captured`). What does not fit (batches, padding,
             gradients) runs as without it, and says so once.
         options: fields of `PruningConfig`; they override `config`.

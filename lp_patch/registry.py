@@ -1,8 +1,10 @@
 """Adapters: what lp_patch must know about a model family, as data, keyed by `config.model_type`."""
 
+import math
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points, version
 from pathlib import Path
@@ -155,7 +157,7 @@ class Kinds:
         """Whether some layer's mask says what it looks at."""
         return MASKED in self.names
 
-    @property
+    @cached_property
     def first(self) -> int:
         """The first layer with keys."""
         return next(i for i, name in enumerate(self.names) if name != RECURRENT)
@@ -167,9 +169,13 @@ class Kinds:
 
     def reached(self, length: int) -> bool:
         """Whether masks matter in a sequence of so many tokens."""
-        return any(
-            name == MASKED and (reach is None or length > reach)
-            for name, reach in zip(self.names, self.windows, strict=True)
+        return length > self._reach
+
+    @cached_property
+    def _reach(self) -> float:
+        """The smallest window; 0 where a mask counts none, and no end where no mask matters."""
+        return min(
+            (x or 0 for name, x in zip(self.names, self.windows, strict=True) if name == MASKED), default=math.inf
         )
 
     def scoring(self) -> list[int]:
