@@ -109,10 +109,16 @@ def why_not(parts: Parts, settings: Settings, forward: Forward, kwargs: dict) ->
         return 'positions="compact"' if forward.gone is not None else f"text_scorer={settings.text_scorer.name!r}"
     if forward.finder.masked and any(x is not None and not isinstance(x, Tensor) for x in _masks(kwargs).values()):
         return "a prefill with masks that are no tensors"
+    if torch.is_autocast_enabled("cuda"):
+        return "a forward under autocast"
+    if "dynamic" in str(rope := getattr(parts.rotary, "rope_type", None)) or "longrope" in str(rope):
+        return "a rotary embedding that changes with the length of the prompt"
     if cache is None:
         cache = DynamicCache(config=config)
-    if not isinstance(cache, (DynamicCache, StaticCache)) or getattr(cache, "offloading", False):
-        return f"a {type(cache).__name__}{' that is offloaded' * isinstance(cache, DynamicCache)}"
+    if not isinstance(cache, (DynamicCache, StaticCache)):
+        return f"a {type(cache).__name__}"
+    if getattr(cache, "offloading", False):
+        return "an offloaded cache"
     others = sorted({type(x).__name__ for x in cache.layers if not (kv.is_static(cache) or _can_fill(x))})
     return f"a cache of {', '.join(others)}" if others else None
 
@@ -246,8 +252,8 @@ def adopt(forward: Forward, captured: CapturedForward, output: Any, stored: Cach
         forward.keys.append(shared[id(keys)])
     if cache is not None:
         _fill(forward, cache, stored, pad)
-    # `outputs.finish` copies the hidden states; a cache that nobody asked for stays behind
-    return type(output)(last_hidden_state=output.last_hidden_state[:, pad:], **{CACHE: cache})
+    # a cache that nobody asked for stays behind
+    return type(output)(last_hidden_state=output.last_hidden_state[:, pad:].clone(), **{CACHE: cache})
 
 
 def _fill(forward: Forward, cache: Cache, stored: Cache, pad: int) -> None:

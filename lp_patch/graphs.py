@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils import ModelOutput
@@ -37,7 +37,7 @@ from .errors import UnsupportedModelError
 from .forward import Forward
 from .install import Installation
 from .read import Chosen, Encoding
-from .regions import Region, Regions
+from .regions import NotNow, Region, Regions
 from .registry import RECURRENT, Parts
 from .settings import Settings
 
@@ -57,13 +57,22 @@ class CompiledEngine(Engine):
                 f"compile=True takes the place of {type(module).__name__}.forward, where something else already is "
                 "(accelerate's device_map with offloading?): leave compile out"
             )
+        devices = sorted({str(x.device) for x in self.parts.base.parameters()})
+        if len(devices) > 1:
+            raise UnsupportedModelError(
+                f"compile=True captures what runs on one device, this model lies on {', '.join(devices)}: leave it out"
+            )
         super().install(on)
         module.forward = self.run
         on.note(partial(delattr, module, "forward"))
-        if next(module.parameters()).device.type != "cuda":
+        if self._device.type != "cuda":
             self._warn(
                 "compile=True captures CUDA graphs, and this model is on no CUDA device: nothing gets faster here"
             )
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.parts.language_model.parameters()).device
 
     # ------------------------------------------------------------------ encoding images
 
@@ -72,15 +81,22 @@ class CompiledEngine(Engine):
         given = {name: x for name, x in encoding.arguments.items() if name != "kwargs"}
         pixels = {name: x for name, x in given.items() if isinstance(x, Tensor) and x.is_floating_point()}
         rest = {name: x for name, x in given.items() if name not in pixels}
-        if not pixels or torch.is_grad_enabled() or any(rest.get(name) for name in FLAGS):
+        unfit = not pixels or torch.is_grad_enabled() or any(rest.get(name) for name in FLAGS)
+        if unfit or self._device.type != "cuda":
             return wrapped(*args, **kwargs)
         leaves, form = tree_flatten(rest)
-        listed = any(isinstance(x, Tensor) and x.is_floating_point() for x in leaves)
-        if listed or (self.parts.adapter.blanks and any(map(_has_blank, pixels.values()))):
-            self._say("encoding images in a list, or of which some are blank,")
+        why = None
+        if any(isinstance(x, Tensor) and x.is_floating_point() for x in leaves):
+            why = "in a list"
+        elif torch.is_autocast_enabled("cuda"):
+            why = "under autocast"
+        elif self.parts.adapter.blanks and any(map(_has_blank, pixels.values())):
+            why = "of which some are blank"
+        if why is not None:
+            self._say(f"encoding images {why}")
             return wrapped(*args, **kwargs)
         shapes = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in pixels.items())
-        key = ("encoder", wrapped.__name__, shapes, repr(form), *map(_fact, leaves))
+        key = (wrapped.__name__, shapes, self._implementations(), repr(form), *map(_fact, leaves))
 
         def make() -> Region:
             # the caller may write into his
@@ -90,25 +106,35 @@ class CompiledEngine(Engine):
                 current = self._call().encoding
                 assert current is not None
                 _forget(current)
-                with torch.no_grad():
-                    output = wrapped(**own, **inputs)
-                return output, list(current.chosen), list(current.present), list(current.towers)
+                output = wrapped(**own, **inputs)
+                return output, list(current.chosen), current.rows, list(current.present), list(current.towers)
 
-            buffers = {name: torch.empty_like(x).copy_(x) for name, x in pixels.items()}
-            return Region(buffers, run, modules, blank=not self.parts.adapter.blanks)
+            return Region(pixels, run, self._vision_side(), blank=not self.parts.adapter.blanks)
 
-        modules = [x for name, x in self.parts.base.named_children() if x is not self.parts.language_model]
-        with self.encoders.lock:
-            found = self._replayed(
-                self.encoders, key, make, pixels, f"encoding images with {type(self.parts.base).__name__}"
-            )
+        with self.encoders.turn(self._device):
+            what = f"encoding images with {type(self.parts.base).__name__}"
+            found = self._replayed(self.encoders, key, make, pixels, what)
             if found is not None:
-                output, chosen, encoding.present, encoding.towers = found
+                output, chosen, rows, encoding.present, encoding.towers = found
                 # copies: the next replay writes the buffers anew
                 encoding.chosen = [Chosen(*(None if x is None else x.clone() for x in c)) for c in chosen]
+                encoding.rows = None if rows is None else rows.clone()
                 return _copied(output)
         _forget(encoding)
         return wrapped(*args, **kwargs)
+
+    def _vision_side(self) -> list[nn.Module]:
+        """All modules that take part in encoding images."""
+        base = self.parts.base
+        roots = [x for x in base.children() if x is not self.parts.language_model]
+        roots += [self.settings.pruner] if isinstance(self.settings.pruner, nn.Module) else []
+        return [base, *(x for root in roots for x in root.modules())]
+
+    def _implementations(self) -> tuple:
+        """How the parts of the model compute attention and experts, which may be set at any time."""
+        config: Any = self.parts.base.config
+        configs = [config, *(getattr(config, name, None) for name in config.sub_configs)]
+        return tuple(getattr(x, f"_{y}_implementation", None) for x in configs for y in ("attn", "experts"))
 
     # ------------------------------------------------------------------ the decoder layers
 
@@ -116,7 +142,7 @@ class CompiledEngine(Engine):
         """In the place of the language model's forward."""
         module = self.parts.language_model
         forward = kwargs.get(KEY)
-        if isinstance(forward, Forward) and forward.plan is not None and not args:
+        if isinstance(forward, Forward) and forward.plan is not None and not args and self._device.type == "cuda":
             why = why_not(self.parts, self.settings, forward, kwargs)
             if why is None:
                 return self._prefill_region(forward, kwargs)
@@ -134,7 +160,7 @@ class CompiledEngine(Engine):
         values, masks = values_of(parts, forward, kwargs, pad), mask_names(forward, kwargs)
         like = tuple((name, tuple(x.shape), x.dtype, x.device) for name, x in values.items())
         counts = plan.survivors[0], plan.stage2[0], plan.wiped[0]
-        key = ("layers", like, masks, counts, module.config._attn_implementation)
+        key = (like, masks, counts, self._implementations())
 
         def run(inputs: dict[str, Tensor]) -> tuple[Any, CapturedForward, Cache]:
             return run_layers(parts, settings, plan, inputs, masks)
@@ -142,9 +168,9 @@ class CompiledEngine(Engine):
         def make() -> Region:
             if pad and RECURRENT in settings.kinds.names and not leaves_no_state(parts, settings, plan, values, masks):
                 raise RuntimeError("padding, with which prompts share a capture, changes the state of its layers")
-            return Region({name: x.clone() for name, x in values.items()}, run, [module])
+            return Region(values, run, list(module.modules()))
 
-        with self.languages.lock:
+        with self.languages.turn(self._device):
             found = self._replayed(self.languages, key, make, values, type(module).__name__)
             if found is not None:
                 output, captured, stored = found
@@ -162,7 +188,8 @@ class CompiledEngine(Engine):
             region = regions.get(key, make)
             return None if region is None else region.replay(values)
         except Exception as error:  # of any kind: if it is not about the capture, it comes again without one
-            regions.refuse(key)
+            if not isinstance(error, (NotNow, torch.OutOfMemoryError)):
+                regions.refuse(key)
             said = (str(error) or type(error).__name__).splitlines()[0]
             self._say(f"{what} ({said:.120})")
             return None

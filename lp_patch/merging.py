@@ -72,7 +72,7 @@ def sines(side: int, width: int) -> Tensor:
     return nn.functional.pad(table, (0, max(0, width - table.shape[1])))[:, :width]
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: captured graphs read it
 def cells(side: int, count: int, device: torch.device) -> Tensor:
     """Average pooling of a square of tokens to `count` cells: (count, side * side) float32, rows sum to 1.
 

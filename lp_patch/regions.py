@@ -2,28 +2,36 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as registered
 
 from .engine import Engine
 from .host import HostValues
 from .install import owner
 
 MOST = 8  # regions of each kind that are kept; the one unused for longest goes
+_capturing = threading.RLock()  # torch captures one graph at a time
+
+
+class NotNow(RuntimeError):
+    """This call cannot be captured; another of its shape may be."""
 
 
 class Region:
     """One computation at fixed shapes, in fixed buffers.
 
     Args:
-        modules: whose weights it computes with.
+        values: what fills its buffers first, by name.
+        modules: those that take part in it.
         blank: whether it is to hold for zeros, too.
 
     Attributes:
-        inputs: its buffers, by name.
         result: what `run` returned; its tensors are written anew by each replay.
         bytes: device memory that the capture holds.
         used: the call in which it was used last, as `Regions` counts them.
@@ -31,119 +39,125 @@ class Region:
 
     def __init__(
         self,
-        inputs: dict[str, Tensor],
+        values: dict[str, Tensor],
         run: Callable[[dict[str, Tensor]], Any],
         modules: list[nn.Module],
         blank: bool = True,
     ) -> None:
-        self.inputs, self._run = inputs, run
-        self._print = Fingerprint(modules)
-        self._graph: Any = None
-        self.bytes = self.used = 0
-        self._host = HostValues()
-        device = next(iter(inputs.values())).device
-        if device.type != "cuda":
-            return
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
+        if _hooked(modules):
+            raise NotNow("hooks of others, which a replay would not call")
+        self._run, self._host, self.used = run, HostValues(), 0
+        device = next(iter(values.values())).device
+        # buffers that inference mode made could not be filled outside it
+        with _capturing, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            self._inputs = {name: torch.empty_like(x).copy_(x) for name, x in values.items()}
+            self._capture(device, modules, blank)
+
+    def _capture(self, device: torch.device, modules: list[nn.Module], blank: bool) -> None:
+        stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
         mode = torch.cuda.get_sync_debug_mode()
-        with torch.cuda.stream(stream):
-            self._learn(blank)  # kernels are chosen and compiled outside the capture, too
-            torch.cuda.set_sync_debug_mode("error")  # a wait cannot be captured: found out before it breaks one
-            try:
+        try:
+            with torch.cuda.stream(stream):
+                self._learn(blank)  # kernels are chosen and compiled outside the capture, too
+                self._print = Fingerprint(modules)  # after a run, at the first of which transformers adds hooks
+                torch.cuda.set_sync_debug_mode("error")  # a wait cannot be captured: found out before it breaks one
                 self._once()
-            finally:
-                torch.cuda.set_sync_debug_mode(mode)
-        torch.cuda.current_stream(device).wait_stream(stream)
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            current.wait_stream(stream)
         torch.cuda.synchronize(device)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self.result = self._once()
-        self._graph = graph
-        pool = tuple(graph.pool())
+        self._graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self.result = self._once()
+        except BaseException:
+            torch.cuda.set_stream(current)  # which a capture that cannot be ended does not go back to
+            raise
+        pool = tuple(self._graph.pool())
         segments = torch.cuda.memory_snapshot()
         self.bytes = sum(x["total_size"] for x in segments if tuple(x.get("segment_pool_id", ())) == pool)
 
     def _learn(self, blank: bool) -> None:
         """Note what the host and the device tell each other, and that it does not depend on what is in the buffers."""
-        self._run(self.inputs)  # whatever is made once and kept is there
+        self._run(self._inputs)  # whatever is made once and kept is there
         with self._host.learning():
-            self._run(self.inputs)
-        kept = {name: x.clone() for name, x in self.inputs.items()}
-        for fill in (_noise, _nothing) if blank else (_noise,):
-            for name, x in self.inputs.items():
-                fill(x, kept[name])
+            self._run(self._inputs)
+        kept = {name: x.clone() for name, x in self._inputs.items()}
+        for fill in (_noise, torch.zeros_like) if blank else (_noise,):
+            for name, x in self._inputs.items():
+                x.copy_(fill(x) if x.is_floating_point() else kept[name].roll(1, -1))
             other = HostValues()
             with other.learning():
-                self._run(self.inputs)
+                self._run(self._inputs)
             if not self._host.same(other):
                 raise RuntimeError("what it asks of the device depends on its inputs")
         for name, x in kept.items():
-            self.inputs[name].copy_(x)
+            self._inputs[name].copy_(x)
 
     def _once(self) -> Any:
         with self._host.replaying():
-            return self._run(self.inputs)
+            return self._run(self._inputs)
 
     @property
     def stale(self) -> bool:
-        """Whether a weight has moved, or a module or a hook came or went, since the capture."""
+        """Whether a weight or a module is not what was captured, or others have put hooks on."""
         return self._print.changed()
 
     def replay(self, values: dict[str, Tensor]) -> Any:
         """The computation on these values, which fill the buffers."""
         for name, value in values.items():
-            self.inputs[name].copy_(value, non_blocking=True)
-        if self._graph is None:
-            self.result = self._run(self.inputs)
-        else:
-            self._graph.replay()
+            self._inputs[name].copy_(value, non_blocking=True)
+        self._graph.replay()
         return self.result
 
 
-def _noise(buffer: Tensor, was: Tensor) -> None:
-    """Other numbers that a buffer may hold: masks and positions have theirs elsewhere."""
-    if buffer.is_floating_point():
-        buffer.normal_()
-    else:
-        buffer.copy_(was.roll(1, -1))
+def _noise(x: Tensor) -> Tensor:
+    """Numbers without an order, of which no generator knows."""
+    return (torch.arange(x.numel(), device=x.device) * 12.9898).sin().view_as(x).to(x.dtype)
 
 
-def _nothing(buffer: Tensor, was: Tensor) -> None:
-    """Zeros, which some models take for images that are not there."""
-    if buffer.is_floating_point():
-        buffer.zero_()
-    else:
-        buffer.copy_(was)
+def _hooked(modules: list[nn.Module]) -> bool:
+    """Whether somebody else's hooks are called in a forward of these: transformers' own only collect outputs."""
+    if registered._global_forward_hooks or registered._global_forward_pre_hooks:
+        return True
+    hooks = [hook for x in modules for own in (x._forward_pre_hooks, x._forward_hooks) for hook in own.values()]
+    return any(
+        not isinstance(owner(hook), Engine)
+        and not getattr(getattr(hook, "func", hook), "__module__", "").startswith("transformers.")
+        for hook in hooks
+    )
 
 
 class Fingerprint:
-    """What a capture depends on: which modules there are, where their weights lie, which hooks of others they carry."""
+    """What a capture depends on: which modules there are and how they are set, and where their weights lie."""
 
-    def __init__(self, roots: list[nn.Module]) -> None:
-        modules = [module for root in roots for module in root.modules()]
+    # training; adapters of PEFT, switched, merged and scaled in place
+    _SET = ("training", "_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self._modules = modules
         self._children = [(x._modules, list(x._modules.values())) for x in modules if x._modules]
-        weights = [(x._parameters, name) for x in modules for name, own in x._parameters.items() if own is not None]
-        self._weights = [(own, name, _address(own[name])) for own, name in weights]
-        self._hooks = [x for module in modules for x in (module._forward_pre_hooks, module._forward_hooks)]
-        self._others = self._foreign()
-
-    def _foreign(self) -> list[int]:
-        return [
-            id(hook) for hooks in self._hooks if hooks for hook in hooks.values() if not isinstance(owner(hook), Engine)
+        tensors = [(own, name) for x in modules for own in (x._parameters, x._buffers) for name in own]
+        self._tensors = [(own, name, _address(own[name])) for own, name in tensors]
+        self._forwards = [(vars(x), vars(x).get("forward")) for x in modules]  # put in the place of their class's
+        self._set = [
+            (own, name, deepcopy(own[name])) for own in map(vars, modules) for name in self._SET if name in own
         ]
 
     def changed(self) -> bool:
         """Whether any of it is not as it was."""
         return (
             any(list(own.values()) != before for own, before in self._children)
-            or any(_address(own.get(name)) != at for own, name, at in self._weights)
-            or self._foreign() != self._others
+            or any(_address(own.get(name)) != at for own, name, at in self._tensors)
+            or any(own.get("forward") is not before for own, before in self._forwards)
+            or any(own.get(name) != before for own, name, before in self._set)
+            or _hooked(self._modules)
         )
 
 
-def _address(weight: Tensor | None) -> int:
-    return 0 if weight is None else weight.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 class Regions:
@@ -155,10 +169,21 @@ class Regions:
 
     def __init__(self) -> None:
         self.kept: OrderedDict[tuple, Region] = OrderedDict()
-        self.lock = threading.RLock()  # buffers are shared: one replay at a time
+        self._lock = threading.RLock()
+        self._free: Any = None
         self._refused: set[tuple] = set()
         self._now = 0
         self._passed: OrderedDict[tuple, int] = OrderedDict()  # when shapes came that were not captured
+
+    @contextmanager
+    def turn(self, device: torch.device) -> Iterator[None]:
+        """Buffers and results are shared: one call at a time, also of threads with streams of their own."""
+        with self._lock:
+            stream = torch.cuda.current_stream(device)
+            if self._free is not None:
+                stream.wait_event(self._free)
+            yield
+            self._free = stream.record_event()
 
     def get(self, key: tuple, make: Callable[[], Region]) -> Region | None:
         """The region of this key, captured if there is none that still holds; None where that does not pay."""

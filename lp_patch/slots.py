@@ -84,7 +84,7 @@ def received_weights(shares: Tensor) -> Tensor:
     return held / held.sum(dim=2, keepdim=True)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: captured graphs read it
 def start_noise(count: int, size: int, seed: int, device: torch.device) -> Tensor:
     """(count, size) float32, the same on every device: drawn on the host, and uploaded once."""
     with torch.inference_mode(False):

@@ -125,12 +125,13 @@ class Graph:
 
 
 @contextmanager
-def pretended_gpu(monkeypatch, model):
-    """The model on a pretended GPU, on which captures can be made."""
-    gpu, stream = Gpu(), SimpleNamespace(wait_stream=lambda other: None)
+def pretended_gpu(monkeypatch, *models):
+    """A pretended GPU, on which captures can be made, with these models on it."""
+    gpu = Gpu()
+    stream = SimpleNamespace(wait_stream=lambda x: None, wait_event=lambda x: None, record_event=lambda: "event")
 
     @contextmanager
-    def capture(graph, capture_error_mode):
+    def capture(graph, stream, capture_error_mode):
         gpu.tape = graph.tape
         try:
             yield
@@ -138,7 +139,7 @@ def pretended_gpu(monkeypatch, model):
             gpu.tape = None
 
     @contextmanager
-    def entered(stream):
+    def entered(stream_or_device):
         yield
 
     vmap = torch.vmap
@@ -157,6 +158,8 @@ def pretended_gpu(monkeypatch, model):
         "Stream": lambda device: stream,
         "current_stream": lambda device=None: stream,
         "stream": entered,
+        "device": entered,
+        "set_stream": lambda stream: None,
         "synchronize": lambda device=None: None,
         "get_sync_debug_mode": lambda: gpu.mode,
         "set_sync_debug_mode": lambda mode: setattr(gpu, "mode", mode),
@@ -165,10 +168,27 @@ def pretended_gpu(monkeypatch, model):
         "memory_snapshot": list,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    for x in (*model.parameters(), *model.buffers()):
-        put(x, FIRST)
+    for model in models:
+        moved(model)
     with gpu:
         yield gpu
+
+
+def moved(model):
+    """The model itself, its weights on the pretended GPU."""
+    for x in (*model.parameters(), *model.buffers()):
+        put(x, FIRST)
+    return model
+
+
+def made(build, *args, **kwargs):
+    """What `build` returns, a model or models, made on the CPU and moved: copies, too, lie on the CPU first."""
+    with torch._C.DisableTorchFunction():
+        found = build(*args, **kwargs)
+    for x in found if isinstance(found, (list, tuple)) else [found]:
+        if isinstance(x, torch.nn.Module):
+            moved(x)
+    return found
 
 
 def on_gpu(inputs):

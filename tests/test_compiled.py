@@ -1,23 +1,31 @@
-"""`apply(compile=True)`: what is replayed equals what runs as it comes, and nothing in a region waits for the device.
-
-Without a GPU a region runs as it is, in its fixed buffers: all but the capture itself.
-"""
+"""`apply(compile=True)` on a pretended GPU: steps after replays, what is kept of a call, and when a capture ends."""
 
 import copy
 import pickle
 import warnings
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from counting import Counted
+from devices import SECOND, put
 from families import FAMILIES, make
-from tiny import CACHE, N, batch, images, tiny_llava, tokens
+from peft import LoraConfig, get_peft_model
+from pretended_gpu import ASKED, made, on_gpu, pretended_gpu
+from tiny import CACHE, WIDTH, N, batch, images, tokens
+from tiny import tiny_llava as on_cpu
 
 import lp_patch
 from lp_patch import graphs, regions
 
-CPU = "ignore:compile=True captures CUDA graphs:UserWarning"
-pytestmark = pytest.mark.filterwarnings(CPU)
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch):
+    with pretended_gpu(monkeypatch) as found:
+        yield found
+
+
+def tiny_llava(**more):
+    return made(on_cpu, **more)
 
 
 @torch.no_grad()
@@ -33,14 +41,17 @@ def answers(model, inputs, **options):
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", [x for x in FAMILIES if x != "llava_llama"])
 def test_equals_what_runs_without(family, cache):
-    model, scene = make(family, torch.float64, (0,), seed=17)
-    more = {} if cache == "dynamic" else {"cache_implementation": "static"}
+    model, scene = made(make, family, torch.float64, (0,), seed=17)
+    if family == "qwen3_vl_moe":
+        model.set_experts_implementation("batched_mm")  # the loop over experts asks which of them anybody wants
+    inputs = on_gpu(scene.inputs)
+    more = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
     with lp_patch.applied(model, tokens=4) as patch:
-        want, trace = answers(model, scene.inputs, **more), patch.trace
+        want, trace = answers(model, inputs, **more), patch.trace
     with warnings.catch_warnings(record=True) as caught, lp_patch.applied(model, tokens=4, compile=True) as patch:
         warnings.simplefilter("always")
         for _ in range(2):
-            torch.testing.assert_close(answers(model, scene.inputs, **more), want)
+            torch.testing.assert_close(answers(model, inputs, **more), want)
         found, engine = patch.trace, patch._engine
     for stage in ("stage1", "stage2", "stage2_scores"):
         assert [x.tolist() for x in getattr(found, stage)] == [
@@ -52,7 +63,7 @@ def test_equals_what_runs_without(family, cache):
 
 
 def prompts(lengths, seed=0):
-    return [batch([tokens(3, "image", n, seed=n)], images(1, seed=n + seed)) for n in lengths]
+    return [on_gpu(batch([tokens(3, "image", n, seed=n)], images(1, seed=n + seed))) for n in lengths]
 
 
 @torch.no_grad()
@@ -79,7 +90,7 @@ def shown(out):
 def test_a_region_keeps_nothing_of_the_call_before():
     """Outputs, features, traces and caches of one call are not written by the next."""
     model = tiny_llava(seed=4)
-    one, other = prompts([5, 5], seed=9)[0], batch([tokens(3, "image", 5, seed=8)], images(1, seed=8))
+    one, other = prompts([5, 5], seed=9)[0], on_gpu(batch([tokens(3, "image", 5, seed=8)], images(1, seed=8)))
     with lp_patch.applied(model, tokens=5, compile=True) as patch:
         out = model(**one)
         kept = [out.logits.clone(), out[CACHE].layers[4].keys.clone(), shown(out).clone()]
@@ -95,29 +106,28 @@ def test_a_region_keeps_nothing_of_the_call_before():
 
 
 @torch.no_grad()
-def test_no_wait_inside_a_region(monkeypatch):
-    """A wait for the device, or a shape that depends on its numbers, cannot be captured."""
-    model, waits = tiny_llava(seed=5), []
-    replay = regions.Region.replay
-
-    def counted(self, values):
-        with Counted() as seen:
-            result = replay(self, values)
-        waits.append(seen.waits + seen.ops["aten::masked_select"] + seen.ops["aten::is_nonzero"])
-        return result
-
-    monkeypatch.setattr(regions.Region, "replay", counted)
+def test_a_replayed_prefill_waits_once(gpu):
+    """For the plan; beside it, transformers asks whether there are as many features as placeholders."""
+    model = tiny_llava(seed=5)
     for options in ({}, {"scorer": "cls"}, {"stage_ratio": 1.0}, {"final_wipe_layer": 5}, {"scorer": "uniform"}):
-        with lp_patch.applied(model, tokens=5, compile=True, **options):
+        with lp_patch.applied(model, tokens=5, compile=True, **options) as patch:
             model(**prompts([6])[0])
-    assert waits == [0] * 10
+            inputs = prompts([7])[0]
+            gpu.waits.clear()
+            model(**inputs)
+            assert patch.captured["regions"] == 2
+        assert sorted(x for x in gpu.waits if x in ASKED) == ["cpu", "item"]
+
+
+def two():
+    return on_gpu(batch([tokens(3, "image", 4), tokens(2, "image", 6)], images(2)))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize(
     "call, why",
     [
-        (lambda m: m(**batch([tokens(3, "image", 4), tokens(2, "image", 6)], images(2))), "a batch of several rows"),
+        (lambda m: m(**two()), "a batch of several rows"),
         (lambda m: m(**prompts([5])[0], output_hidden_states=True), "output_hidden_states"),
         (lambda m: m.set_attn_implementation("eager") or m(**prompts([5])[0]), "attn_implementation='eager'"),
     ],
@@ -125,7 +135,7 @@ def test_no_wait_inside_a_region(monkeypatch):
 )
 def test_what_does_not_fit_runs_as_without_and_says_so_once(call, why):
     model = tiny_llava(seed=6, dtype=torch.float32)
-    with lp_patch.applied(copy.deepcopy(model), tokens=5) as patch:
+    with lp_patch.applied(made(copy.deepcopy, model), tokens=5) as patch:
         want = call(patch._parts.model).logits
     with warnings.catch_warnings(record=True) as caught, lp_patch.applied(model, tokens=5, compile=True):
         warnings.simplefilter("always")
@@ -145,7 +155,7 @@ def test_gradients_run_as_without():
 @torch.no_grad()
 def test_full_budget_and_text_are_untouched():
     model = tiny_llava(seed=8, dtype=torch.float32)
-    text, shown = batch([tokens(9)], None), prompts([5])[0]
+    text, shown = on_gpu(batch([tokens(9)], None)), prompts([5])[0]
     shown["pixel_values"] = shown["pixel_values"].float()
     want = model(**text).logits, model(**shown).logits
     with lp_patch.applied(model, tokens=N, compile=True) as patch:
@@ -155,16 +165,17 @@ def test_full_budget_and_text_are_untouched():
 
 @torch.no_grad()
 def test_a_capture_ends_with_the_weights_it_was_made_of():
-    """New weights, a module in another's place, or a hook of somebody else: captured anew."""
+    """New weights, another module or its forward in one's place: captured anew."""
     model = tiny_llava(seed=9)
     inputs, layer = prompts([5])[0], model.model.language_model.layers[3]
     with lp_patch.applied(model, tokens=5, compile=True) as patch:
         model(**inputs)
+        assert patch.captured["regions"] == 2
         regions = patch._engine.languages
         for change in (
-            lambda: setattr(layer.mlp, "up_proj", copy.deepcopy(layer.mlp.up_proj)),
+            lambda: setattr(layer.mlp, "up_proj", made(copy.deepcopy, layer.mlp.up_proj)),
             lambda: setattr(layer.mlp.down_proj.weight, "data", layer.mlp.down_proj.weight.data.clone()),
-            lambda: layer.mlp.register_forward_hook(lambda module, args, output: output * 2),
+            lambda: setattr(layer.mlp, "forward", lambda x, own=layer.mlp.forward: 2 * own(x)),
         ):
             (region,) = regions.kept.values()
             assert not region.stale
@@ -194,7 +205,7 @@ def test_copies_and_removal():
     lp_patch.apply(fresh, tokens=5, compile=True)
     patch = lp_patch.apply(model, tokens=5, compile=True)
     want = model(**inputs).logits
-    twins = [copy.deepcopy(model), pickle.loads(pickle.dumps(fresh))]
+    twins = made(lambda: [copy.deepcopy(model), pickle.loads(pickle.dumps(fresh))])
     patch.remove()
     assert torch.equal(model(**inputs).logits, plain)
     for twin in twins:
@@ -262,11 +273,188 @@ def test_an_error_of_the_model_is_raised():
         raise LookupError("of the model's own")
 
     with lp_patch.applied(model, tokens=5, compile=True) as patch:
-        handle = model.model.language_model.layers[2].mlp.register_forward_pre_hook(broken)
+        layer = model.model.language_model.layers[2]
+        layer.mlp.forward = broken
         with pytest.warns(UserWarning, match="own.*is not captured"), pytest.raises(LookupError, match="own"):
             model(**inputs)
-        handle.remove()
+        del layer.mlp.forward
         out = model(**inputs).logits
         assert not patch._engine.languages.kept
     with lp_patch.applied(model, tokens=5):
         assert torch.equal(model(**inputs).logits, out)
+
+
+def changes():
+    """name -> what a user does between two calls, undone at the end: a context for a model."""
+
+    @contextmanager
+    def under(context):
+        with context:
+            yield
+
+    @contextmanager
+    def training(model):
+        model.model.language_model.train()
+        yield
+        model.eval()
+
+    @contextmanager
+    def attention(model):
+        model.model.vision_tower.set_attn_implementation("eager")
+        yield
+        model.model.vision_tower.set_attn_implementation("sdpa")
+
+    @contextmanager
+    def buffer(model):
+        rotary = model.model.language_model.rotary_emb
+        before = rotary.inv_freq
+        rotary.register_buffer("inv_freq", before * 0.5, persistent=False)
+        yield
+        rotary.register_buffer("inv_freq", before, persistent=False)
+
+    return {
+        "inference mode": lambda model: under(torch.inference_mode()),
+        "autocast": lambda model: under(torch.autocast("cuda", torch.bfloat16)),
+        "training": training,
+        "attention of the tower": attention,
+        "a buffer": buffer,
+    }
+
+
+@pytest.mark.parametrize("name", changes())
+@pytest.mark.parametrize("first", [False, True])
+@torch.no_grad()
+def test_what_is_set_between_calls_holds(name, first):
+    """Whichever way it was when the shape was captured."""
+    model = tiny_llava(seed=13, dtype=torch.float32, attention_dropout=0.0)
+    inputs = prompts([5])[0]
+    inputs["pixel_values"] = inputs["pixel_values"].float()
+    want, found = {}, {}
+    for captured, into in ((False, want), (True, found)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            patch = lp_patch.apply(model, tokens=5, compile=captured)
+            for on in (first, not first, first, not first):
+                with changes()[name](model) if on else nullcontext():
+                    into.setdefault(on, []).append(model(**inputs).logits)
+        patch.remove()
+    for on in (False, True):
+        for logits in found[on]:
+            torch.testing.assert_close(logits, want[on][0], rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_adapters_that_are_switched_off_or_merged():
+    model = tiny_llava(seed=14)
+    config = LoraConfig(target_modules=r".*language_model.*(q_proj|up_proj)", init_lora_weights=False)
+
+    def with_two():
+        wrapped = get_peft_model(model, config)
+        wrapped.add_adapter("other", config)
+        return wrapped
+
+    wrapped, inputs = made(with_two), prompts([5])[0]
+    steps = [
+        lambda: wrapped.set_adapter("other"),
+        lambda: wrapped.base_model.disable_adapter_layers(),
+        lambda: wrapped.base_model.enable_adapter_layers(),
+        lambda: made(wrapped.merge_adapter),
+        lambda: made(wrapped.unmerge_adapter),
+        lambda: wrapped.set_adapter("default"),
+    ]
+    found = []
+    for captured in (False, True):
+        with lp_patch.applied(wrapped, tokens=5, compile=captured) as patch:
+            found.append([wrapped(**inputs).logits])
+            for step in steps:
+                step()
+                found[-1].append(wrapped(**inputs).logits)
+            assert patch.captured["regions"] == 2 * captured
+    for want, logits in zip(*found, strict=True):
+        torch.testing.assert_close(logits, want)
+
+
+@torch.no_grad()
+def test_another_pruner_chooses_anew():
+    model = tiny_llava(seed=15)
+    pruner, inputs = made(lp_patch.LearnablePruner, WIDTH), prompts([5])[0]
+    pruner.double()
+    made(lambda: [pruner])
+    with lp_patch.applied(model, tokens=5, pruner=pruner, compile=True) as patch:
+        model(**inputs)
+        before = patch.trace.stage1[0].tolist()
+        for x in pruner.parameters():
+            x.data = -x.data
+        out = model(**inputs).logits
+        assert patch.trace.stage1[0].tolist() != before
+    with lp_patch.applied(model, tokens=5, pruner=pruner):
+        torch.testing.assert_close(model(**inputs).logits, out)
+
+
+@torch.no_grad()
+def test_reports_and_random_numbers_are_those_of_a_run_without():
+    model, inputs = tiny_llava(seed=16), prompts([5])[0]
+    reports, drawn = [], []
+    for captured in (False, True):
+        with lp_patch.applied(model, tokens=5, compile=captured) as patch:
+            torch.manual_seed(3)
+            for _ in range(2):
+                model(**inputs)
+                drawn.append(torch.rand(2).tolist())
+                reports.append(str(patch.report()))
+    assert len(set(reports)) == 1 and drawn[:2] == drawn[2:]
+
+
+@torch.no_grad()
+def test_hooks_of_others_are_called():
+    model, inputs, seen = tiny_llava(seed=17), prompts([5])[0], []
+    with lp_patch.applied(model, tokens=5, compile=True) as patch:
+        want = model(**inputs).logits
+        with pytest.warns(UserWarning, match="hooks of others.*not captured"):
+            hook = model.model.language_model.layers[1].register_forward_hook(lambda *args: seen.append(1))
+            tower = model.model.vision_tower.register_forward_pre_hook(lambda *args: seen.append(2))
+            for _ in range(2):
+                torch.testing.assert_close(model(**inputs).logits, want)
+        assert sorted(seen) == [1, 1, 2, 2] and not patch.captured["regions"]
+        hook.remove(), tower.remove()
+        torch.testing.assert_close(model(**inputs).logits, want)
+        assert patch.captured["regions"] == 2
+
+
+@torch.no_grad()
+def test_memory_that_was_short_once_may_be_there_again(monkeypatch):
+    model, inputs = tiny_llava(seed=18), prompts([5])[0]
+    learn = regions.Region._learn
+
+    def short(self, blank):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with lp_patch.applied(model, tokens=5, compile=True) as patch:
+        monkeypatch.setattr(regions.Region, "_learn", short)
+        with pytest.warns(UserWarning, match="out of memory"):
+            want = model(**inputs).logits
+        monkeypatch.setattr(regions.Region, "_learn", learn)
+        torch.testing.assert_close(model(**inputs).logits, want)
+        assert patch.captured["regions"] == 2
+
+
+@torch.no_grad()
+def test_a_rotary_embedding_that_grows_is_not_captured():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}
+    model = tiny_llava(seed=19, rope_parameters=rope, max_position_embeddings=N + 20)
+    shown = prompts([4, 24])
+    with lp_patch.applied(model, tokens=5):
+        want = [model(**x).logits for x in shown]
+    model = tiny_llava(seed=19, rope_parameters=rope, max_position_embeddings=N + 20)
+    told = pytest.warns(UserWarning, match="rotary embedding that changes with the length")
+    with told, lp_patch.applied(model, tokens=5, compile=True):
+        for x, logits in zip(shown, want, strict=True):
+            torch.testing.assert_close(model(**x).logits, logits)
+
+
+def test_a_model_on_several_devices_is_refused():
+    model = tiny_llava(seed=20)
+    put(model.model.language_model.layers[0].mlp.up_proj.weight, SECOND)
+    with pytest.raises(lp_patch.UnsupportedModelError, match="on one device, this model lies on cuda:0, cuda:1"):
+        lp_patch.apply(model, tokens=5, compile=True)
+    assert not lp_patch.is_applied(model)

@@ -39,7 +39,7 @@ def _(features: Tensor, number: int) -> Tensor:
     return features.new_empty(features.shape[:2], dtype=torch.float32)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.cache  # for good: captured graphs read it
 def _draw(n_tokens: int, seed: int, device: torch.device) -> Tensor:
     """(N,), the same on every device: drawn on the host, and uploaded once, since that waits for the device."""
     with torch.inference_mode(False):
