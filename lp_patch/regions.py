@@ -121,7 +121,8 @@ def _hooked(modules: list[nn.Module]) -> bool:
     """Whether somebody else's hooks are called in a forward of these: transformers' own only collect outputs."""
     if registered._global_forward_hooks or registered._global_forward_pre_hooks:
         return True
-    hooks = [hook for x in modules for own in (x._forward_pre_hooks, x._forward_hooks) for hook in own.values()]
+    hooks = [hook for x in modules if x._forward_hooks for hook in x._forward_hooks.values()]
+    hooks += [hook for x in modules if x._forward_pre_hooks for hook in x._forward_pre_hooks.values()]
     return any(
         not isinstance(owner(hook), Engine)
         and not getattr(getattr(hook, "func", hook), "__module__", "").startswith("transformers.")

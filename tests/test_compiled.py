@@ -66,6 +66,35 @@ def prompts(lengths, seed=0):
     return [on_gpu(batch([tokens(3, "image", n, seed=n)], images(1, seed=n + seed))) for n in lengths]
 
 
+@pytest.mark.parametrize(
+    "scorer, text_scorer",
+    [
+        *((x, "text") for x in ("diversity", "cls", "vispruner", "visionzip", "hiprune", "random", "uniform")),
+        *((x, "text") for x in ("learned", "covering")),
+        ("diversity", "last"),
+        ("none", "fastv"),
+    ],
+)
+@torch.no_grad()
+def test_every_strategy(scorer, text_scorer):
+    model, options = (
+        tiny_llava(seed=21),
+        {"tokens": 5 + 8 * (scorer == "none"), "scorer": scorer, "text_scorer": text_scorer},
+    )
+    if scorer in ("learned", "covering"):
+        options["pruner"] = made(lambda: lp_patch.LearnablePruner(WIDTH).double())
+    shown, want = prompts([5, 9]), []
+    with lp_patch.applied(model, **options) as patch:
+        for x in shown:
+            want.append((model(**x).logits, [*patch.trace.stage1, *patch.trace.stage2]))
+    with lp_patch.applied(model, compile=True, **options) as patch:
+        for _ in range(2):
+            for x, (logits, kept) in zip(shown, want, strict=True):
+                torch.testing.assert_close(model(**x).logits, logits)
+                assert all(map(torch.equal, (*patch.trace.stage1, *patch.trace.stage2), kept))
+        assert patch.captured["regions"] == 2
+
+
 @torch.no_grad()
 def test_prompts_of_about_the_same_length_share_a_region():
     model = tiny_llava(seed=3)

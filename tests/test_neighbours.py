@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pretended_gpu import on_gpu, pretended_gpu
 from test_lifecycle import inputs_for, snapshot
 from test_strategies import best, vision_maps
 from test_towers import pictures, pixtral
@@ -473,17 +474,20 @@ def test_full_budget_and_removal_leave_nothing():
             assert twin(**inputs).logits.equal(plain)
 
 
-@pytest.mark.filterwarnings("ignore:compile=True captures CUDA graphs:UserWarning")
 @pytest.mark.parametrize("make", [slots, merging])
 @torch.no_grad()
-def test_compiled_prefills_equal_those_that_are_not(make):
+def test_compiled_prefills_equal_those_that_are_not(make, monkeypatch):
     model, pruner = tiny_llava(seed=3), make()
+    shown = [inputs_for(model, seed) for seed in (0, 1)]
     with lp_patch.applied(model, tokens=9, pruner=pruner) as patch:
-        want = [(model(**inputs_for(model, seed)).logits, patch.trace.mixtures[0]) for seed in (0, 1)]
-    with lp_patch.applied(model, tokens=9, pruner=pruner, compile=True) as patch:
+        want = [(model(**inputs).logits, patch.trace.mixtures[0]) for inputs in shown]
+    with (
+        pretended_gpu(monkeypatch, model, pruner),
+        lp_patch.applied(model, tokens=9, pruner=pruner, compile=True) as patch,
+    ):
         for _ in range(2):
-            for seed, (logits, mixtures) in enumerate(want):
-                torch.testing.assert_close(model(**inputs_for(model, seed)).logits, logits)
+            for inputs, (logits, mixtures) in zip(shown, want, strict=True):
+                torch.testing.assert_close(model(**on_gpu(inputs)).logits.cpu(), logits)
                 found = patch.trace.mixtures[0]
                 assert found is mixtures is None or found.equal(mixtures)
         assert patch.captured["regions"] == 2

@@ -1,7 +1,10 @@
 """Every model type of `tests/tiny_models` against the masked oracle: what a declaration must get right."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from pretended_gpu import on_gpu, pretended_gpu
 from tiny import CACHE
 from tiny_models import TYPES, make
 from tiny_models.common import FIRST, VOCAB
@@ -131,20 +134,24 @@ def test_static_cache(kind, record_property):
 @every
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.filterwarnings("ignore:compile=True:UserWarning")
-def test_captured(kind, cache):
+def test_captured(kind, cache, monkeypatch):
     """Steps after a prefill in captured regions equal those after one as it comes; so does a second turn."""
     model, scene = make(kind, seed=6, which=(0,))
     more = {} if cache == "dynamic" else {"cache_implementation": "static", "disable_compile": True}
+    turn = {"more": torch.full((1, 4), FIRST + 1)}
+    masked = not TYPES[kind].positions and not model.get_decoder().config.model_type.startswith(RUNS)
     found = []
     for captured in (False, True):
-        with lp_patch.applied(model, **options(kind), compile=captured):
-            try:
-                found.append(torch.stack(generate(model, scene, **more).logits))
-                if cache == "dynamic":
-                    masked = not TYPES[kind].positions and not model.get_decoder().config.model_type.startswith(RUNS)
-                    found.append(second_turn(model, scene, torch.full((1, 4), FIRST + 1), masked))
-            except (lp_patch.UnsupportedInputError, ValueError) as error:  # where it is refused without, it is with
-                found.append(type(error))
+        with pretended_gpu(monkeypatch, model) if captured else nullcontext():
+            if captured:
+                scene.inputs, turn = on_gpu(scene.inputs), on_gpu(turn)
+            with lp_patch.applied(model, **options(kind), compile=captured):
+                try:
+                    found.append(torch.stack(generate(model, scene, **more).logits).cpu())
+                    if cache == "dynamic":
+                        found.append(second_turn(model, scene, turn["more"], masked).cpu())
+                except (lp_patch.UnsupportedInputError, ValueError) as error:  # where it is refused without, it is with
+                    found.append(type(error))
     half = len(found) // 2
     for got, want in zip(found[half:], found[:half], strict=True):
         if isinstance(want, torch.Tensor):
