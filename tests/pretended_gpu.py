@@ -56,6 +56,14 @@ def waits(name, func, args, kwargs, on_device):
     return None
 
 
+def _memory(x):
+    """The memory that a tensor has now: what a graph reads and writes, whatever becomes of the tensor."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    with torch._C.DisableTorchFunction():
+        return x.detach()
+
+
 def _number(x):
     return x.item() if isinstance(x, torch.Tensor) and x.dim() == 0 else x
 
@@ -93,8 +101,7 @@ class Gpu(Pretended):
         out = super().__torch_function__(func, types, args, kwargs)
         made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
         if self.tape is not None and (on_device or any(place(x) != CPU for x in made)):
-            kept = tree_map(lambda x: x, (args, kwargs))
-            self.tape.append((func, *kept, made))
+            self.tape.append((func, *tree_map(_memory, (args, kwargs, made))))
         return out
 
 

@@ -127,6 +127,7 @@ def test_a_region_keeps_nothing_of_the_call_before():
         stages = [x.clone() for x in (*trace.stage1, *trace.stage2, *trace.stage2_scores)]
         features = model.get_image_features(one["pixel_values"], return_dict=True).pooler_output[0]
         before = features.clone()
+        model.get_image_features(other["pixel_values"], return_dict=True)
         model(**other)
         assert torch.equal(features.nan_to_num(), before.nan_to_num())
     now = [out.logits, out[CACHE].layers[4].keys, shown(out)]
@@ -343,7 +344,6 @@ def changes():
 
     return {
         "inference mode": lambda model: under(torch.inference_mode()),
-        "autocast": lambda model: under(torch.autocast("cuda", torch.bfloat16)),
         "training": training,
         "attention of the tower": attention,
         "a buffer": buffer,
@@ -366,6 +366,8 @@ def test_what_is_set_between_calls_holds(name, first):
             for on in (first, not first, first, not first):
                 with changes()[name](model) if on else nullcontext():
                     into.setdefault(on, []).append(model(**inputs).logits)
+            regions = patch.captured["regions"]
+        assert regions == captured * (4 if "attention" in name else 2)
         patch.remove()
     for on in (False, True):
         for logits in found[on]:
@@ -432,6 +434,19 @@ def test_reports_and_random_numbers_are_those_of_a_run_without():
                 drawn.append(torch.rand(2).tolist())
                 reports.append(str(patch.report()))
     assert len(set(reports)) == 1 and drawn[:2] == drawn[2:]
+
+
+@torch.no_grad()
+def test_nothing_is_captured_under_autocast(monkeypatch):
+    """Its copies of weights last as long as it does."""
+    model, inputs = tiny_llava(seed=22), prompts([5])[0]
+    with lp_patch.applied(model, tokens=5, compile=True) as patch:
+        with pytest.warns(UserWarning, match="under autocast") as caught, monkeypatch.context() as on:
+            on.setattr(torch, "is_autocast_enabled", lambda kind=None: True)  # there is none on a pretended GPU
+            want = model(**inputs).logits
+        assert len(caught) == 2 and not patch.captured["regions"]
+        torch.testing.assert_close(model(**inputs).logits, want)
+        assert patch.captured["regions"] == 2
 
 
 @torch.no_grad()

@@ -151,6 +151,34 @@ def test_what_a_tower_asks_is_learnt_if_no_image_changes_it(ask, why, monkeypatc
     assert len(said) == (why is not None) and all(why in x for x in said)
 
 
+@pytest.mark.parametrize(
+    "ask, captures",
+    [(lambda ids: ids.shape[-1], True), (lambda ids: ids[..., 0].item(), False)],
+    ids=["how many", "the first"],
+)
+@torch.no_grad()
+def test_what_layers_ask_of_positions(ask, captures, monkeypatch):
+    """A prompt of another length in the same bucket has others."""
+    model, options, inputs = made("llava", seed=8)
+    language, asked = model.model.language_model, []
+
+    class Asking(type(language.rotary_emb)):
+        def forward(self, x, position_ids):
+            asked.append(ask(position_ids))
+            return super().forward(x, position_ids)
+
+    language.rotary_emb.__class__ = Asking
+    with lp_patch.applied(model, **options):
+        want = [model(**x).logits for x in others(inputs)]
+    with pretended_gpu(monkeypatch, model), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with lp_patch.applied(model, compile=True, **options) as patch:
+            for x, logits in zip(others(inputs), want, strict=True):
+                torch.testing.assert_close(model(**on_gpu(x)).logits.cpu(), logits, rtol=1e-4, atol=1e-4)
+            assert bool(captured(patch._engine.languages)) == captures
+    assert any(ASKS in str(x.message) for x in caught) != captures
+
+
 @torch.no_grad()
 def test_a_wait_that_nobody_knows_of_is_not_captured(monkeypatch):
     """As CUDA tells of it: a number that torch's C++ asks for, or a tensor of the host's that goes over unseen."""
