@@ -437,13 +437,16 @@ def test_reports_and_random_numbers_are_those_of_a_run_without():
 
 
 @torch.no_grad()
-def test_nothing_is_captured_under_autocast(monkeypatch):
+def test_nothing_is_captured_under_autocast():
     """Its copies of weights last as long as it does."""
     model, inputs = tiny_llava(seed=22), prompts([5])[0]
     with lp_patch.applied(model, tokens=5, compile=True) as patch:
-        with pytest.warns(UserWarning, match="under autocast") as caught, monkeypatch.context() as on:
-            on.setattr(torch, "is_autocast_enabled", lambda kind=None: True)  # there is none on a pretended GPU
-            want = model(**inputs).logits
+        torch.set_autocast_enabled("cuda", True)  # tensors that only pretend to be there are left as they are
+        try:
+            with pytest.warns(UserWarning, match="under autocast") as caught:
+                want = model(**inputs).logits
+        finally:
+            torch.set_autocast_enabled("cuda", False)
         assert len(caught) == 2 and not patch.captured["regions"]
         torch.testing.assert_close(model(**inputs).logits, want)
         assert patch.captured["regions"] == 2
