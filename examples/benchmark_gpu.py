@@ -5,7 +5,8 @@
 Random weights in the shapes of real checkpoints, bfloat16. Variants of one setting alternate in one process, and each
 value is a median; a row is written as soon as it is known. Variants: "stock" and "patched" run as they come,
 "stock graphs" and "patched graphs" (`apply(compile=True)`) in CUDA graphs alike, vision tower and decoder layers. Parts
-that would start after `--seconds` are left out, and said so. On another device everything is small: a rehearsal.
+that would start after `--seconds` are left out, and said so. On another device everything is small, and nothing
+in graphs: a rehearsal.
 """
 
 from __future__ import annotations
@@ -232,10 +233,7 @@ def stock_graphs(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Call
     decoder = Region({"embeds": embeds.clone(), "ids": positions.clone()}, layers, [base.language_model])
 
     def run() -> Any:
-        if tower is None:
-            features = encode({"pixels": pixels})
-        else:
-            features = tower.replay({"pixels": pixels})
+        features = encode({"pixels": pixels}) if tower is None else tower.replay({"pixels": pixels})
         merged = base.get_input_embeddings()(ids).masked_scatter(mask, features)
         hidden, cache = decoder.replay({"embeds": merged, "ids": positions})
         kept = [(x.keys.clone(), x.values.clone()) for x in cache.layers]
@@ -474,13 +472,13 @@ def main() -> None:
         run(f"{kind} {what}", needs, lambda: work(sheet, *of(kind, batch), options, *more))
 
     for kept, scorer in ((32, "diversity"), (32, "learned"), (64, "diversity")):
-        part("llava", f"prefill {kept} {scorer}", 15, prefills, kept, "llava", args.runs, True, scorer=scorer)
+        part("llava", f"prefill {kept} {scorer}", 15, prefills, kept, "llava", args.runs, cuda, scorer=scorer)
     part("llava", "tower", 3, towers, 32, args.runs)
     if cuda:
         part("llava", "profile", 10, profile, 32)
         part("llava", "memory", 5, memory, 32)
     for kind, kept in (("llava_next", 160), ("qwen2_5_vl", 142)):
-        part(kind, "prefill", 25, prefills, kept, kind, args.runs, True)
+        part(kind, "prefill", 25, prefills, kept, kind, args.runs, cuda)
         part(kind, "totals", 20, totals, kept, (2,))
         part(kind, "tower", 5, towers, kept, 9)
         if cuda:

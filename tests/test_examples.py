@@ -15,6 +15,7 @@ import pytest
 import torch
 from peft import PeftModel
 from PIL import Image
+from pretended_gpu import on_gpu, pretended_gpu
 from safetensors.torch import load_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
@@ -171,6 +172,37 @@ def test_benchmark_on_a_gpu_is_the_script_for_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--seconds", "60"])
     with pytest.raises(SystemExit):
         benchmark.main()
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_next", "qwen2_5_vl"])
+@torch.inference_mode()
+def test_the_gpu_s_benchmark_compares_like_with_like(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """On a pretended GPU: tower and layers in graphs for the stock model, too, with the same logits; rows of all."""
+    import benchmark_gpu
+
+    with torch.inference_mode(False), torch.no_grad():
+        model = benchmark_gpu.build(kind, "cpu").float()
+        inputs = benchmark_gpu.prompt(model, kind)
+    with pretended_gpu(monkeypatch, model):
+        given = on_gpu({name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
+        monkeypatch.setattr(benchmark_gpu, "synchronize", lambda device: None)
+        logits, _ = benchmark_gpu.stock_graphs(model, kind, given)()
+        length = given["input_ids"].shape[1]
+        plain = (
+            {"position_ids": torch.arange(length, device=model.device).expand(3, 1, length)} if "qwen" in kind else {}
+        )
+        torch.testing.assert_close(logits, model(**given, **plain, logits_to_keep=1).logits)
+        sheet = benchmark_gpu.Sheet(tmp_path / "rows.csv", 60, "cpu")
+        sheet.setting = {"model": kind, "visual_tokens": 0, "kept": 4, "batch": 1, "scorer": "diversity"}
+        benchmark_gpu.prefills(sheet, model, given, {"tokens": 32}, kind, 3, graphs=True)
+        sheet.file.close()
+    rows = {(row["metric"], row["variant"]): float(row["value"]) for row in read(tmp_path / "rows.csv")}
+    for variant in ("stock", "stock graphs", "patched", "patched graphs"):
+        assert rows["prefill", variant] > 0
+    assert rows["stage1 kept alike, eager and graphs", "patched graphs"] == 1
+    assert rows["stage2 kept alike, eager and graphs", "patched graphs"] == 1
 
 
 @pytest.mark.long  # half a minute
