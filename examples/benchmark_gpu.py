@@ -227,10 +227,10 @@ def stock_graphs(model: nn.Module, kind: str, inputs: dict[str, Tensor]) -> Call
         positions = positions[None].expand(3, -1, -1)
     tower = None
     try:
-        tower = Region({"pixels": pixels.clone()}, encode, [x for x in base.children() if x is not base.language_model])
+        tower = Region({"pixels": pixels}, encode, [x for x in base.children() if x is not base.language_model], [])
     except RuntimeError as error:  # it waits for the device somewhere: as it comes, for both
         print(f"stock {kind}: encoding images is not captured: {str(error).splitlines()[0]:.150}", flush=True)
-    decoder = Region({"embeds": embeds.clone(), "ids": positions.clone()}, layers, [base.language_model])
+    decoder = Region({"embeds": embeds, "ids": positions}, layers, [base.language_model], [])
 
     def run() -> Any:
         features = encode({"pixels": pixels}) if tower is None else tower.replay({"pixels": pixels})

@@ -63,12 +63,18 @@ class CompiledEngine(Engine):
                 f"compile=True captures what runs on one device, this model lies on {', '.join(devices)}: leave it out"
             )
         super().install(on)
-        module.forward = self.run
-        on.note(partial(delattr, module, "forward"))
+        module.forward = partial(self.run, module)
+        on.note(partial(self._uninstall, module, module.forward))
         if self._device.type != "cuda":
             self._warn(
                 "compile=True captures CUDA graphs, and this model is on no CUDA device: nothing gets faster here"
             )
+
+    def _uninstall(self, module: Any, forward: Callable) -> None:
+        if vars(module).get("forward") is forward:  # else somebody has put his own there since
+            del module.forward
+        self.encoders.clear()
+        self.languages.clear()
 
     @property
     def _device(self) -> torch.device:
@@ -100,7 +106,8 @@ class CompiledEngine(Engine):
 
         def make() -> Region:
             # the caller may write into his
-            own = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, rest)
+            with torch.inference_mode(False):
+                own = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, rest)
 
             def run(inputs: dict[str, Tensor]) -> tuple:
                 current = self._call().encoding
@@ -109,7 +116,7 @@ class CompiledEngine(Engine):
                 output = wrapped(**own, **inputs)
                 return output, list(current.chosen), current.rows, list(current.present), list(current.towers)
 
-            return Region(pixels, run, self._vision_side(), blank=not self.parts.adapter.blanks)
+            return Region(pixels, run, self._vision_side(), self._configs(), blank=not self.parts.adapter.blanks)
 
         with self.encoders.turn(self._device):
             what = f"encoding images with {type(self.parts.base).__name__}"
@@ -130,19 +137,22 @@ class CompiledEngine(Engine):
         roots += [self.settings.pruner] if isinstance(self.settings.pruner, nn.Module) else []
         return [base, *(x for root in roots for x in root.modules())]
 
+    def _configs(self) -> list[Any]:
+        """The model's config and those of its parts."""
+        config: Any = self.parts.base.config
+        return [config, *(x for name in config.sub_configs if (x := getattr(config, name, None)) is not None)]
+
     def _implementations(self) -> tuple:
         """How the parts of the model compute attention and experts, which may be set at any time."""
-        config: Any = self.parts.base.config
-        configs = [config, *(getattr(config, name, None) for name in config.sub_configs)]
-        return tuple(getattr(x, f"_{y}_implementation", None) for x in configs for y in ("attn", "experts"))
+        kinds = ("attn", "experts")
+        return tuple(getattr(x, f"_{kind}_implementation", None) for x in self._configs() for kind in kinds)
 
     # ------------------------------------------------------------------ the decoder layers
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """In the place of the language model's forward."""
-        module = self.parts.language_model
-        forward = kwargs.get(KEY)
-        if isinstance(forward, Forward) and forward.plan is not None and not args and self._device.type == "cuda":
+    def run(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        """In the place of the forward of the language model, or of a copy of it alone, which has its own weights."""
+        forward, here = kwargs.get(KEY), module is self.parts.language_model and self._device.type == "cuda"
+        if here and isinstance(forward, Forward) and forward.plan is not None and not args:
             why = why_not(self.parts, self.settings, forward, kwargs)
             if why is None:
                 return self._prefill_region(forward, kwargs)
@@ -152,6 +162,7 @@ class CompiledEngine(Engine):
     def _say(self, what: str) -> None:
         self._warn(f"compile=True: {what} is not captured and runs as without it")
 
+    @torch.compiler.disable
     def _prefill_region(self, forward: Forward, kwargs: dict) -> Any:
         """All decoder layers, captured or replayed; the forward is left as the layers' hooks would have left it."""
         module, parts, settings, plan = self.parts.language_model, self.parts, self.settings, forward.plan
@@ -168,7 +179,7 @@ class CompiledEngine(Engine):
         def make() -> Region:
             if pad and RECURRENT in settings.kinds.names and not leaves_no_state(parts, settings, plan, values, masks):
                 raise RuntimeError("padding, with which prompts share a capture, changes the state of its layers")
-            return Region(values, run, list(module.modules()))
+            return Region(values, run, list(module.modules()), self._configs())
 
         with self.languages.turn(self._device):
             found = self._replayed(self.languages, key, make, values, type(module).__name__)
@@ -188,7 +199,7 @@ class CompiledEngine(Engine):
             region = regions.get(key, make)
             return None if region is None else region.replay(values)
         except Exception as error:  # of any kind: if it is not about the capture, it comes again without one
-            if not isinstance(error, (NotNow, torch.OutOfMemoryError)):
+            if not isinstance(error, NotNow):
                 regions.refuse(key)
             said = (str(error) or type(error).__name__).splitlines()[0]
             self._say(f"{what} ({said:.120})")

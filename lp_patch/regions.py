@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class Region:
 
     Args:
         values: what fills its buffers first, by name.
-        modules: those that take part in it.
+        modules: those that take part in it; `configs`, those that they may read.
         blank: whether it is to hold for zeros, too.
 
     Attributes:
@@ -42,6 +43,7 @@ class Region:
         values: dict[str, Tensor],
         run: Callable[[dict[str, Tensor]], Any],
         modules: list[nn.Module],
+        configs: list[Any],
         blank: bool = True,
     ) -> None:
         if _hooked(modules):
@@ -51,16 +53,16 @@ class Region:
         # buffers that inference mode made could not be filled outside it
         with _capturing, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             self._inputs = {name: torch.empty_like(x).copy_(x) for name, x in values.items()}
-            self._capture(device, modules, blank)
+            self._capture(device, lambda: Fingerprint(modules, configs), blank)
 
-    def _capture(self, device: torch.device, modules: list[nn.Module], blank: bool) -> None:
+    def _capture(self, device: torch.device, look: Callable[[], "Fingerprint"], blank: bool) -> None:
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         mode = torch.cuda.get_sync_debug_mode()
         try:
             with torch.cuda.stream(stream):
                 self._learn(blank)  # kernels are chosen and compiled outside the capture, too
-                self._print = Fingerprint(modules)  # after a run, at the first of which transformers adds hooks
+                self._print = look()  # after a run, at the first of which transformers adds hooks
                 torch.cuda.set_sync_debug_mode("error")  # a wait cannot be captured: found out before it breaks one
                 self._once()
         finally:
@@ -68,12 +70,15 @@ class Region:
             current.wait_stream(stream)
         torch.cuda.synchronize(device)
         self._graph = torch.cuda.CUDAGraph()
+        torch._C._cuda_clearCublasWorkspaces()  # the graph's lies in its own memory, and nobody else's does
         try:
             with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
                 self.result = self._once()
         except BaseException:
             torch.cuda.set_stream(current)  # which a capture that cannot be ended does not go back to
             raise
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
         pool = tuple(self._graph.pool())
         segments = torch.cuda.memory_snapshot()
         self.bytes = sum(x["total_size"] for x in segments if tuple(x.get("segment_pool_id", ())) == pool)
@@ -121,8 +126,9 @@ def _hooked(modules: list[nn.Module]) -> bool:
     """Whether somebody else's hooks are called in a forward of these: transformers' own only collect outputs."""
     if registered._global_forward_hooks or registered._global_forward_pre_hooks:
         return True
-    hooks = [hook for x in modules if x._forward_hooks for hook in x._forward_hooks.values()]
-    hooks += [hook for x in modules if x._forward_pre_hooks for hook in x._forward_pre_hooks.values()]
+    # lists: another thread's forward may put its own on meanwhile
+    hooks = [hook for x in modules if x._forward_hooks for hook in list(x._forward_hooks.values())]
+    hooks += [hook for x in modules if x._forward_pre_hooks for hook in list(x._forward_pre_hooks.values())]
     return any(
         not isinstance(owner(hook), Engine)
         and not getattr(getattr(hook, "func", hook), "__module__", "").startswith("transformers.")
@@ -131,34 +137,56 @@ def _hooked(modules: list[nn.Module]) -> bool:
 
 
 class Fingerprint:
-    """What a capture depends on: which modules there are and how they are set, and where their weights lie."""
+    """What a capture depends on: which modules there are and how they are set, and where their weights lie.
 
-    # training; adapters of PEFT, switched, merged and scaled in place
-    _SET = ("training", "_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+    Args:
+        modules: that take part.
+        configs: which they may read.
+    """
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], configs: list[Any]) -> None:
         self._modules = modules
         self._children = [(x._modules, list(x._modules.values())) for x in modules if x._modules]
-        tensors = [(own, name) for x in modules for own in (x._parameters, x._buffers) for name in own]
-        self._tensors = [(own, name, _address(own[name])) for own, name in tensors]
-        self._forwards = [(vars(x), vars(x).get("forward")) for x in modules]  # put in the place of their class's
-        self._set = [
-            (own, name, deepcopy(own[name])) for own in map(vars, modules) for name in self._SET if name in own
-        ]
+        owners = [own for x in modules for own in (x._parameters, x._buffers) if own]
+        self._tensors = [(own, _places(own)) for own in owners]
+        self._classes = [(x, type(x).forward) for x in modules]
+        self._settings = [setting for x in (*modules, *configs) if (setting := _settings(vars(x)))]
 
     def changed(self) -> bool:
         """Whether any of it is not as it was."""
         return (
             any(list(own.values()) != before for own, before in self._children)
-            or any(_address(own.get(name)) != at for own, name, at in self._tensors)
-            or any(own.get("forward") is not before for own, before in self._forwards)
-            or any(own.get(name) != before for own, name, before in self._set)
+            or any(_places(own) != before for own, before in self._tensors)
+            or any(x.__class__.forward is not forward for x, forward in self._classes)
+            or any(len(own) != size or get(own) != before for own, size, get, before in self._settings)
             or _hooked(self._modules)
         )
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+_EVERYWHERE = vars(nn.Module()).keys() - {"training"}  # torch's own bookkeeping
+
+
+def _settings(own: dict[str, Any]) -> tuple:
+    """What an object is set to, where it lies, how much lies there, and how to look again.
+
+    What is new there counts: PEFT switches an adapter off by an attribute that hides its class's.
+    """
+    names = [name for name, x in own.items() if name == "forward" or (_is_plain(x) and name not in _EVERYWHERE)]
+    get = itemgetter(*names)
+    return own, len(own), get, deepcopy(get(own)) if "forward" not in names else get(own)
+
+
+def _is_plain(x: Any) -> bool:
+    """Whether x is a setting: a number, a name, or a few of those; what a module keeps of a call is none."""
+    if isinstance(x, (list, tuple)):
+        return all(map(_is_plain, x))
+    if isinstance(x, dict):
+        return all(map(_is_plain, x.values()))
+    return x is None or isinstance(x, (bool, int, float, str))
+
+
+def _places(tensors: Any) -> list[Any]:
+    return [x if x is None else (x.data_ptr(), x.numel()) for x in tensors.values()]
 
 
 class Regions:
@@ -183,8 +211,10 @@ class Regions:
             stream = torch.cuda.current_stream(device)
             if self._free is not None:
                 stream.wait_event(self._free)
-            yield
-            self._free = stream.record_event()
+            try:
+                yield
+            finally:
+                self._free = stream.record_event()
 
     def get(self, key: tuple, make: Callable[[], Region]) -> Region | None:
         """The region of this key, captured if there is none that still holds; None where that does not pay."""
@@ -194,10 +224,10 @@ class Regions:
         region = self.kept.pop(key, None)
         if region is None or region.stale:
             region = None  # free it before another takes memory
-            if len(self.kept) == MOST:
-                self.kept.popitem(last=False)
             region = make()
         self.kept[key], region.used = region, self._now
+        if len(self.kept) > MOST:
+            self.kept.popitem(last=False)
         return region
 
     def _admits(self, key: tuple) -> bool:
@@ -212,6 +242,10 @@ class Regions:
         if len(self._passed) > 8 * MOST:
             self._passed.popitem(last=False)
         return False
+
+    def clear(self) -> None:
+        """Free the memory of all."""
+        self.kept.clear()
 
     def refuse(self, key: tuple) -> None:
         """A capture that failed is not tried in every call."""

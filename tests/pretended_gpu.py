@@ -175,6 +175,7 @@ def pretended_gpu(monkeypatch, *models):
         "memory_snapshot": list,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     monkeypatch.setattr("lp_patch.select._kernels", lambda device: None)  # Triton would build for it
     for model in models:
         moved(model)
