@@ -177,12 +177,12 @@ def _settings(own: dict[str, Any]) -> tuple:
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether x is a setting: a number, a name, or a few of those; what a module keeps of a call is none."""
+    """Whether x is a setting: a number, a name, or a few of those. None is what a call may leave something in."""
     if isinstance(x, (list, tuple)):
         return all(map(_is_plain, x))
     if isinstance(x, dict):
         return all(map(_is_plain, x.values()))
-    return x is None or isinstance(x, (bool, int, float, str))
+    return isinstance(x, (bool, int, float, str))
 
 
 def _places(tensors: Any) -> list[Any]:

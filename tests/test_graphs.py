@@ -12,6 +12,7 @@ from tiny_models import make as make_type
 from tiny_models.common import scene as scene_of
 
 import lp_patch
+from lp_patch.regions import Region
 
 KINDS = [x for x in FAMILIES if x != "llava_llama"] + list(TYPES)
 ASKS = "what it asks of the device depends on its inputs"
@@ -77,6 +78,8 @@ def test_a_replay_equals_what_runs_as_it_comes(kind, monkeypatch):
         for x in shown:
             want.append(model(**x).logits)
             kept.append((*patch.trace.stage1, *patch.trace.stage2))
+    captures, capture = [], Region._capture
+    monkeypatch.setattr(Region, "_capture", lambda self, *given: (captures.append(self), capture(self, *given)))
     with pretended_gpu(monkeypatch, model), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with lp_patch.applied(model, compile=True, **options) as patch:
@@ -86,6 +89,8 @@ def test_a_replay_equals_what_runs_as_it_comes(kind, monkeypatch):
                     found = (*patch.trace.stage1, *patch.trace.stage2)
                     assert [x.tolist() for x in found] == [x.tolist() for x in sets]
             encoders, layers = captured(patch._engine.encoders), captured(patch._engine.languages)
+            failed = len(patch._engine.encoders._refused) + len(patch._engine.languages._refused)
+    assert len(captures) == encoders + layers + failed  # each shape once
     said = [str(x.message) for x in caught if "is not captured" in str(x.message)]
     family = kind.partition(":")[0]
     expected = [ENCODERS[family]] if family in ENCODERS else []
