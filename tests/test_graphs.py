@@ -14,7 +14,7 @@ from tiny_models.common import scene as scene_of
 import lp_patch
 from lp_patch.regions import Region
 
-KINDS = [x for x in FAMILIES if x != "llava_llama"] + list(TYPES)
+KINDS = [*FAMILIES, *TYPES]
 ASKS = "what it asks of the device depends on its inputs"
 # what is not captured, and why
 ENCODERS = {
