@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicS
 
 from . import cache as kv
 from .attention import KEY
-from .compat import CACHE, cache_in, is_recurrent
+from .compat import CACHE, is_recurrent
 from .cut import Cut, take_mask
 from .forward import Forward
 from .keys import Keys
@@ -66,7 +66,8 @@ class CapturedForward(Forward):
             elif own is None:
                 mask = self._causal(cut, valid)
             else:
-                mask = own if cut.start == 0 else take_mask(own, self._among_first(cut), self._among_first(cut))
+                places = self._among_first(cut)
+                mask = own if cut.start == 0 else take_mask(own, places, places)
             self._found[key] = Keys(None if recurrent else valid, cut.length, mask)
         return self._found[key]
 
@@ -89,9 +90,9 @@ class CapturedForward(Forward):
         return found
 
 
-def why_not(parts: Parts, settings: Settings, forward: Forward, kwargs: dict) -> str | None:
-    """Why this prefill's layers cannot be captured, or None."""
-    cache, config = cache_in(kwargs), parts.language_model.config
+def why_not(parts: Parts, settings: Settings, forward: Forward, kwargs: dict, cache: Any) -> str | None:
+    """Why this prefill's layers, whose keys are for `cache`, cannot be captured, or None."""
+    config = parts.language_model.config
     implementation = config._attn_implementation or "sdpa"
     known = {*_KNOWN, *parts.adapter.per_token}
     more = [x for x, value in kwargs.items() if x not in known and value is not None and value is not False]
@@ -113,8 +114,6 @@ def why_not(parts: Parts, settings: Settings, forward: Forward, kwargs: dict) ->
         return "a forward under autocast"
     if "dynamic" in str(rope := getattr(parts.rotary, "rope_type", None)) or "longrope" in str(rope):
         return "a rotary embedding that changes with the length of the prompt"
-    if cache is None:
-        cache = DynamicCache(config=config)
     if not isinstance(cache, (DynamicCache, StaticCache)):
         return f"a {type(cache).__name__}"
     if getattr(cache, "offloading", False):
@@ -224,13 +223,14 @@ def leaves_no_state(parts: Parts, settings: Settings, plan: Plan, values: dict[s
     """Whether padding, whose embeddings are zero, leaves layers without keys as they are: without biases it does."""
     nothing = {**values, "embeds": torch.zeros_like(values["embeds"])}
     _, _, cache = run_layers(parts, settings, plan, nothing, masks)
-    return not any(bool(state.any()) for layer in cache.layers if is_recurrent(layer) for state in _states(layer))
+    return not any(bool(state.any()) for layer in cache.layers if is_recurrent(layer) for _, _, state in _states(layer))
 
 
-def _states(layer: Any) -> list[Tensor]:
-    """What a layer without keys keeps; some layers keep nothing."""
-    kinds = [getattr(layer, name, {}) for name in ("conv_states", "recurrent_states")]
-    return [x for kind in kinds for x in kind.values() if x is not None]
+def _states(layer: Any) -> list[tuple[str, int, Tensor]]:
+    """What a layer without keys keeps: the method that updates it, its number, and the state; some keep nothing."""
+    kinds = (("conv_states", "update_conv_state"), ("recurrent_states", "update_recurrent_state"))
+    found = [(update, index, x) for name, update in kinds for index, x in getattr(layer, name, {}).items()]
+    return [(update, index, x) for update, index, x in found if x is not None]
 
 
 def adopt(forward: Forward, captured: CapturedForward, output: Any, stored: Cache, pad: int, cache: Any) -> Any:
@@ -267,7 +267,8 @@ def _fill(forward: Forward, cache: Cache, stored: Cache, pad: int) -> None:
             cache.layers.append(DynamicLayer())
         own: Any = cache.layers[index]
         if is_recurrent(kept):
-            _fill_state(own, kept)
+            for update, number, state in _states(kept):
+                getattr(own, update)(state, number)
             continue
         keys, values = (x[:, :, pad:] for x in (kept.keys, kept.values))
         if type(own) is DynamicLayer:
@@ -285,10 +286,3 @@ def _fill(forward: Forward, cache: Cache, stored: Cache, pad: int) -> None:
         own.update(keys, values)
     if mine:
         torch._foreach_copy_(mine, theirs)
-
-
-def _fill_state(own: Any, kept: Any) -> None:
-    for name, update in (("conv_states", "update_conv_state"), ("recurrent_states", "update_recurrent_state")):
-        for index, state in getattr(kept, name, {}).items():
-            if state is not None:
-                getattr(own, update)(state, index)

@@ -2,9 +2,9 @@
 
 Two parts of a prefill depend on shapes alone once its plan is made: encoding images (tower, stage 1, projector), and
 everything between the first and the last decoder layer. Each is captured as a CUDA graph at its first call of a shape,
-hooks and all, and replayed on other inputs of that shape; text is padded on the left to a multiple of `BUCKET`, so that
-prompts of about the same length share a capture. On another device a region runs as it is, in the same buffers: right,
-and not faster. Whatever does not fit runs as without `compile`, and says so once.
+lp_patch's hooks and all, and replayed on other inputs of that shape; text is padded on the left to a multiple of
+`BUCKET`, so that prompts of about the same length share a capture. Whatever does not fit runs as without `compile`, and
+says so once; on another device everything does.
 """
 
 from collections.abc import Callable
@@ -134,7 +134,7 @@ class CompiledEngine(Engine):
         """All modules that take part in encoding images."""
         base = self.parts.base
         roots = [x for x in base.children() if x is not self.parts.language_model]
-        roots += [self.settings.pruner] if isinstance(self.settings.pruner, nn.Module) else []
+        roots += [] if self.settings.pruner is None else [self.settings.pruner]
         return [base, *(x for root in roots for x in root.modules())]
 
     def _configs(self) -> list[Any]:
@@ -153,9 +153,12 @@ class CompiledEngine(Engine):
         """In the place of the forward of the language model, or of a copy of it alone, which has its own weights."""
         forward, here = kwargs.get(KEY), module is self.parts.language_model and self._device.type == "cuda"
         if here and isinstance(forward, Forward) and forward.plan is not None and not args:
-            why = why_not(self.parts, self.settings, forward, kwargs)
+            cache = cache_in(kwargs)
+            if cache is None:
+                cache = DynamicCache(config=module.config)  # as the model makes one
+            why = why_not(self.parts, self.settings, forward, kwargs, cache)
             if why is None:
-                return self._prefill_region(forward, kwargs)
+                return self._prefill_region(forward, kwargs, cache)
             self._say(why)
         return type(module).forward(module, *args, **kwargs)
 
@@ -163,7 +166,7 @@ class CompiledEngine(Engine):
         self._warn(f"compile=True: {what} is not captured and runs as without it")
 
     @torch.compiler.disable
-    def _prefill_region(self, forward: Forward, kwargs: dict) -> Any:
+    def _prefill_region(self, forward: Forward, kwargs: dict, cache: Cache) -> Any:
         """All decoder layers, captured or replayed; the forward is left as the layers' hooks would have left it."""
         module, parts, settings, plan = self.parts.language_model, self.parts, self.settings, forward.plan
         assert plan is not None
@@ -185,10 +188,9 @@ class CompiledEngine(Engine):
             found = self._replayed(self.languages, key, make, values, type(module).__name__)
             if found is not None:
                 output, captured, stored = found
-                cache, use = cache_in(kwargs), kwargs.get("use_cache")
-                if cache is None and (module.config.use_cache if use is None else use):
-                    cache = DynamicCache(config=module.config)
-                return adopt(forward, captured, output, stored, pad, cache)
+                use = kwargs.get("use_cache")
+                wanted = cache_in(kwargs) is not None or (module.config.use_cache if use is None else use)
+                return adopt(forward, captured, output, stored, pad, cache if wanted else None)
         return type(module).forward(module, **kwargs)
 
     def _replayed(

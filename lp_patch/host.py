@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
+from .select import true_slots
+
 # a device's numbers, asked by the host
 _ASKED = {
     Tensor.tolist,
@@ -98,7 +100,7 @@ class HostValues(TorchFunctionMode):
             if isinstance(given, Tensor) and given.dim() > 0 and not _on_device(given):
                 args = (*args[:2], self._known(lambda: given.to(first.device)))
         elif func in _REPEATED and named.get("output_size") is None:
-            repeats = named.get("repeats", args[-1] if len(args) < 3 else args[1])
+            repeats = named["repeats"] if "repeats" in named else args[min(1, len(args) - 1)]
             if _on_device(repeats) and repeats.dim() > 0:
                 named = {**named, "output_size": self._known(lambda: int(repeats.sum()))}
         elif on_device and func in _FOUND and len(args) == 1:
@@ -138,9 +140,8 @@ class HostValues(TorchFunctionMode):
 
     def _positions(self, mask: Tensor) -> tuple[Tensor, ...]:
         """Where a mask is true, in order, by dimension: of numbers that are known the device asks nothing."""
-        true = (mask.flatten() != 0).byte()  # not every version of CUDA's sort takes bools
-        count = self._known(lambda: int(true.sum()))
-        at = true.sort(descending=True, stable=True).indices[:count]
+        true = mask.flatten() != 0
+        at = true_slots(true, self._known(lambda: int(true.sum())))
         found: list[Tensor] = []
         for size in reversed(mask.shape):
             found.insert(0, at % size)

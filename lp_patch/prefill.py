@@ -16,7 +16,7 @@ from .plan import Feature, Loss, Places, Plan, asking_tokens, query_slots
 from .prompt import Prompt
 from .read import chosen_of
 from .registry import Parts
-from .select import take
+from .select import take, true_slots
 from .strategies import SCORERS
 from .trace import InputMixtures, InputScores
 
@@ -172,7 +172,7 @@ def cut_deepstack(kwargs: dict, plan: Plan, prompt: Prompt, cut: Cut) -> dict:
     mask = take(at, cut.index) if cut.valid is None else take(at, cut.index) & cut.valid
     # its slots in order: how many they are is known, the mask need not be asked
     count = sum(plan.kept) - int((prompt.real & ~prompt.placeholders).sum())
-    slots = mask.flatten().byte().sort(descending=True, stable=True).indices[:count]
+    slots = true_slots(mask.flatten(), count)
     starts, ranks = upload(
         [np.arange(len(prompt.real))[:, None] * prompt.real.shape[1], prompt.placeholders.cumsum() - 1], device
     )

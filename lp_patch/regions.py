@@ -53,16 +53,18 @@ class Region:
         # buffers that inference mode made could not be filled outside it
         with _capturing, torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
             self._inputs = {name: torch.empty_like(x).copy_(x) for name, x in values.items()}
-            self._capture(device, lambda: Fingerprint(modules, configs), blank)
+            self._capture(device, modules, configs, blank)
 
-    def _capture(self, device: torch.device, look: Callable[[], "Fingerprint"], blank: bool) -> None:
+    def _capture(self, device: torch.device, modules: list[nn.Module], configs: list[Any], blank: bool) -> None:
         stream, current = torch.cuda.Stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(current)
         mode = torch.cuda.get_sync_debug_mode()
         try:
             with torch.cuda.stream(stream):
                 self._learn(blank)  # kernels are chosen and compiled outside the capture, too
-                self._print = look()  # after a run, at the first of which transformers adds hooks
+                self._print = Fingerprint(
+                    modules, configs
+                )  # after a run, at the first of which transformers adds hooks
                 torch.cuda.set_sync_debug_mode("error")  # a wait cannot be captured: found out before it breaks one
                 self._once()
         finally:
@@ -149,15 +151,18 @@ class Fingerprint:
         self._children = [(x._modules, list(x._modules.values())) for x in modules if x._modules]
         owners = [own for x in modules for own in (x._parameters, x._buffers) if own]
         self._tensors = [(own, _places(own)) for own in owners]
-        self._classes = [(x, type(x).forward) for x in modules]
-        self._settings = [setting for x in (*modules, *configs) if (setting := _settings(vars(x)))]
+        self._forwards = [(x, type(x).forward, vars(x).get("forward")) for x in modules]
+        self._settings = [_settings(vars(x)) for x in (*modules, *configs)]
 
     def changed(self) -> bool:
         """Whether any of it is not as it was."""
         return (
             any(list(own.values()) != before for own, before in self._children)
             or any(_places(own) != before for own, before in self._tensors)
-            or any(x.__class__.forward is not forward for x, forward in self._classes)
+            or any(
+                x.__class__.forward is not forward or x.__dict__.get("forward") is not own
+                for x, forward, own in self._forwards
+            )
             or any(len(own) != size or get(own) != before for own, size, get, before in self._settings)
             or _hooked(self._modules)
         )
@@ -171,9 +176,8 @@ def _settings(own: dict[str, Any]) -> tuple:
 
     What is new there counts: PEFT switches an adapter off by an attribute that hides its class's.
     """
-    names = [name for name, x in own.items() if name == "forward" or (_is_plain(x) and name not in _EVERYWHERE)]
-    get = itemgetter(*names)
-    return own, len(own), get, deepcopy(get(own)) if "forward" not in names else get(own)
+    get = itemgetter(*(name for name, x in own.items() if _is_plain(x) and name not in _EVERYWHERE))
+    return own, len(own), get, deepcopy(get(own))
 
 
 def _is_plain(x: Any) -> bool:
@@ -231,7 +235,7 @@ class Regions:
         return region
 
     def _admits(self, key: tuple) -> bool:
-        if key in self._refused or len(self._refused) == MOST:  # so many shapes failed: this model's will
+        if key in self._refused or len(self._refused) >= MOST:  # so many shapes failed: this model's will
             return False
         if len(self.kept) < MOST:
             return True

@@ -307,3 +307,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     rows = index + n_tokens * torch.arange(batch, device=x.device)[:, None]
     flat = x.reshape(batch * n_tokens, *x.shape[2:])
     return flat.index_select(0, rows.reshape(-1)).reshape(*index.shape, *x.shape[2:])
+
+
+def true_slots(mask: Tensor, count: int) -> Tensor:
+    """Where a mask (N,) bool is true, ascending: (count,) int64, a number that is known, so that nobody waits."""
+    return mask.byte().sort(descending=True, stable=True).indices[:count]  # CUDA's sort did not always take bools

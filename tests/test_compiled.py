@@ -13,6 +13,7 @@ from peft import LNTuningConfig, LoraConfig, get_peft_model
 from pretended_gpu import ASKED, made, on_gpu, pretended_gpu
 from tiny import CACHE, WIDTH, N, batch, images, tokens
 from tiny import tiny_llava as on_cpu
+from transformers.cache_utils import DynamicCache, DynamicLayer
 
 import lp_patch
 from lp_patch import graphs, regions
@@ -173,6 +174,28 @@ def test_what_does_not_fit_runs_as_without_and_says_so_once(call, why):
             assert torch.equal(call(model).logits, want)
     said = [str(x.message) for x in caught if "is not captured" in str(x.message)]
     assert len(said) == 1 and why in said[0]
+
+
+class Odd(DynamicLayer):
+    """As a quantised layer is: of a dynamic cache, and keeping its keys in a way of its own."""
+
+
+@torch.no_grad()
+def test_caches_of_other_kinds_are_not_captured(monkeypatch):
+    model, inputs, asked = tiny_llava(seed=26), prompts([5])[0], []
+    decide = graphs.why_not
+    monkeypatch.setattr(graphs, "why_not", lambda *given: asked.append(given) or decide(*given))
+    cache = DynamicCache()
+    cache.layers = [Odd() for _ in range(6)]
+    with lp_patch.applied(model, tokens=5, compile=True) as patch:
+        with pytest.warns(UserWarning, match="a cache of Odd is not captured"):
+            out = model(**inputs, **{CACHE: cache}).logits
+        assert not patch._engine.languages.kept
+        torch.testing.assert_close(model(**inputs).logits, out)
+    offloaded = DynamicCache()
+    offloaded.offloading = True  # a real one wants streams, which the pretended GPU lacks
+    *others, _ = asked[-1]
+    assert decide(*others, DynamicCache()) is None and decide(*others, offloaded) == "an offloaded cache"
 
 
 def test_gradients_run_as_without():

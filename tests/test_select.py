@@ -21,6 +21,7 @@ from lp_patch.select import (
     take,
     top_indices,
     top_mask,
+    true_slots,
 )
 
 settings.register_profile("steady", deadline=None, derandomize=True)  # a loaded machine is no failure
@@ -376,6 +377,12 @@ def covering(features, scores, count):
                 worth[i] = score * max(0.0, 1 - nearest)
         chosen.append(max(worth, key=lambda i: (worth[i], -i)))
     return chosen
+
+
+@given(st.lists(st.booleans(), max_size=40))
+def test_true_slots_are_where_a_mask_is_true(mask):
+    want = [place for place, true in enumerate(mask) if true]
+    assert true_slots(torch.tensor(mask, dtype=torch.bool), len(want)).tolist() == want
 
 
 @given(
